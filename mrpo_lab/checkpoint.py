@@ -1,0 +1,66 @@
+"""A state of nested dicts, lists, tensors and numbers in one safetensors file. No pickle."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mrpo_lab.errors import UserError
+
+
+def save_state(path: Path, state: dict[str, Any]) -> None:
+    """Write ``state`` whole or not at all: an interruption leaves the former file."""
+    tensors: dict[str, Tensor] = {}
+    outline = json.dumps(_outline(state, tensors))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_suffix(".tmp")
+    save_file(tensors, draft, metadata={"state": outline})
+    os.replace(draft, path)
+
+
+def load_state(path: Path) -> dict[str, Any]:
+    """What ``save_state`` was given, tensors on the CPU.
+
+    Raises:
+        UserError: the file is truncated or was written by something else.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            outline = json.loads(file.metadata()["state"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        state = _restore(outline, tensors)
+        if not isinstance(state, dict):
+            raise TypeError("it holds no state")
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: damaged ({error}): delete it to start this run over") from error
+    return state
+
+
+def _outline(value: Any, tensors: dict[str, Tensor]) -> Any:
+    """JSON for ``value``, its tensors put aside under numbered names."""
+    if isinstance(value, Tensor):
+        name = f"{len(tensors):06d}"
+        tensors[name] = value.detach().cpu().contiguous().clone()
+        return {"tensor": name}
+    if isinstance(value, dict):
+        # As pairs, since an optimizer's state has integer keys and JSON has none.
+        return {"dict": [[key, _outline(item, tensors)] for key, item in value.items()]}
+    if isinstance(value, (list, tuple)):
+        return [_outline(item, tensors) for item in value]
+    return value
+
+
+def _restore(outline: Any, tensors: dict[str, Tensor]) -> Any:
+    if isinstance(outline, dict):
+        if "tensor" in outline:
+            return tensors[outline["tensor"]]
+        return {key: _restore(item, tensors) for key, item in outline["dict"]}
+    if isinstance(outline, list):
+        return [_restore(item, tensors) for item in outline]
+    return outline

@@ -1,0 +1,130 @@
+"""The edge between YAML and objects: everything is checked before anything is built."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any, get_type_hints
+
+from hydra.errors import InstantiationException
+from hydra.utils import get_object, instantiate
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from mrpo_lab.chat import first_line
+from mrpo_lab.errors import UserError
+
+ALLOWED = ("mrpo_lab.", "launchers.", "torch.optim.", "bitsandbytes.optim.")
+"""Packages that a ``_target_`` may name: a configuration must not be able to run anything else."""
+RESERVED = {"_target_", "_partial_", "_convert_", "_recursive_", "_args_"}
+
+
+def check(cfg: DictConfig) -> dict[str, Any]:
+    """The resolved configuration, after every problem in it has been looked for.
+
+    Raises:
+        UserError: all problems in one line: missing values, ``_target_`` outside ``ALLOWED``, keys
+            or types that do not fit the signature that a node is for.
+    """
+    try:
+        missing = sorted(OmegaConf.missing_keys(cfg))
+        tree = OmegaConf.to_container(cfg, resolve=True)
+    except OmegaConfBaseException as error:  # an interpolation that leads nowhere
+        raise UserError(f"{error.full_key}: {first_line(error)}") from error
+    if missing:
+        raise UserError("; ".join(f"{key}: required, give {key}=VALUE" for key in missing))
+    assert isinstance(tree, dict)
+    problems = [
+        f"{key}: expected text, got {tree[key]!r}"
+        for key in ("name", "outputs")
+        if not isinstance(tree[key], str)
+    ]
+    problems += _problems(tree, "")
+    if problems:
+        raise UserError("; ".join(problems))
+    return {str(key): value for key, value in tree.items()}
+
+
+def build(cfg: DictConfig, key: str, *args: Any, **kwargs: Any) -> Any:
+    """The object that node ``key`` describes; plain lists and dicts inside.
+
+    Raises:
+        UserError: it is not there, or its constructor refused a value; names the key.
+    """
+    if "_target_" not in cfg.get(key, {}):
+        raise UserError(f"{key}: nothing is chosen, give {key}=OPTION")
+    try:
+        return instantiate(cfg[key], *args, _convert_="all", **kwargs)
+    except InstantiationException as error:
+        cause = error.__cause__
+        if isinstance(cause, (ValueError, TypeError, UserError)):
+            where = _full_key(error) or key
+            raise UserError(f"{where}: {first_line(cause)}") from error
+        raise
+
+
+def _full_key(error: InstantiationException) -> str:
+    """Hydra puts the node's key on a line of its own below the message."""
+    lines = [line for line in str(error).splitlines() if line.startswith("full_key: ")]
+    return lines[-1].removeprefix("full_key: ") if lines else ""
+
+
+def _problems(node: Any, path: str) -> Iterator[str]:
+    if isinstance(node, list):
+        node = dict(enumerate(node))
+    if not isinstance(node, dict):
+        return
+    for key, child in node.items():
+        yield from _problems(child, f"{path}.{key}".lstrip("."))
+    target = node.get("_target_")
+    if target is None:
+        return
+    if not str(target).startswith(ALLOWED):
+        yield f"{path}: _target_ {target} is outside the allowed packages {', '.join(ALLOWED)}"
+        return
+    yield from _misfits(target, {k: v for k, v in node.items() if k not in RESERVED}, path)
+
+
+def _misfits(target: str, given: Mapping[str, Any], path: str) -> Iterator[str]:
+    """Keys that the target does not take and values of another type than it declares."""
+    try:
+        function = get_object(target)
+    except Exception as error:
+        yield f"{path}: _target_ {target} cannot be imported: {str(error).splitlines()[-1]}"
+        return
+    parameters = inspect.signature(function).parameters
+    for key in given:
+        if key not in parameters and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+            yield f"{path}.{key}: unknown; {target} takes {', '.join(parameters) or 'no keys'}"
+    hints = get_type_hints(function.__init__ if inspect.isclass(function) else function)
+    for key, value in given.items():
+        if key not in hints or _holds_a_node(value):
+            continue
+        problem = _type_problem(hints[key], value)
+        if problem:
+            yield f"{path}.{key}: {problem}, got {value!r}"
+
+
+def _holds_a_node(value: Any) -> bool:
+    children = (
+        value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    )
+    return (isinstance(value, dict) and "_target_" in value) or any(map(_holds_a_node, children))
+
+
+def _type_problem(hint: Any, value: Any) -> str | None:
+    try:
+        adapter = TypeAdapter(hint, config=ConfigDict(strict=True, arbitrary_types_allowed=True))
+    except Exception:  # a hint that pydantic has no schema for is for objects, not for values
+        return None
+    try:
+        # As JSON, whose arrays are as good for tuples as for lists; YAML knows no tuples either.
+        adapter.validate_json(json.dumps(value))
+    except ValidationError as error:
+        problem = error.errors()[0]
+        if problem["type"] == "needs_python_object":
+            return "expected a node with a _target_"
+        return str(problem["msg"])
+    return None

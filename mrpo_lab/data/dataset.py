@@ -1,0 +1,231 @@
+"""Eligible pairs, a fixed pool of them, and one split of the pool per seed."""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from mrpo_lab.chat import Item
+from mrpo_lab.data.rows import Row, parse_item, read_rows
+from mrpo_lab.errors import UserError
+from mrpo_lab.store import reply_ids
+from mrpo_lab.tokenization import Lengths, Tokenization
+
+SPLITS = ("train", "val", "test")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The pool, its reply ids, the splits (indices into the pool) and what was counted."""
+
+    items: list[Item]
+    ids: np.ndarray
+    splits: Mapping[str, np.ndarray]
+    counts: dict[str, int]
+
+    def fingerprint(self) -> str:
+        """Of the texts and splits: a run continues only on the same data."""
+        digest = hashlib.sha256(np.ascontiguousarray(self.ids).tobytes())
+        for name in SPLITS:
+            digest.update(f"{name} {len(self.splits[name])}".encode())
+            digest.update(self.splits[name].astype(np.int64).tobytes())
+        return digest.hexdigest()[:16]
+
+
+@dataclass(kw_only=True)
+class Dataset(ABC):
+    """What makes a pair eligible and how the pool is split. A subclass says where rows are."""
+
+    train: int | float | None
+    """Pairs, or a share of the pool below 1, or null for what val and test leave."""
+    val: int | float
+    test: int | float
+    pool: int | None = None
+    """Pairs drawn from all that are eligible, the same for every seed; null takes all."""
+    pool_seed: int = 858
+    max_tokens: int = 1024
+    """Longest prompt and reply together, under the worst of the tokenizers in play."""
+    min_percentile: float = 0.0
+    """Drop prompts, then replies, no longer than this percentile of their lengths."""
+    drop_identical: bool = True
+    """Drop pairs whose replies are the same text: no reference can tell them apart."""
+    drop_duplicates: bool = True
+    """Keep one of several equal pairs, lest one be trained on and another tested on."""
+
+    def __post_init__(self) -> None:
+        sizes = {"train": self.train, "val": self.val, "test": self.test}
+        for name, size in sizes.items():
+            if size is not None and (size <= 0 or (size > 1 and size != int(size))):
+                raise ValueError(f"{name} must be a number of pairs or a share, got {size}")
+        if self.pool is not None and self.pool < 3:
+            raise ValueError(f"pool must be null or at least 3, got {self.pool}")
+        if not 0 <= self.min_percentile < 50:
+            raise ValueError(f"min_percentile must be in [0, 50), got {self.min_percentile}")
+        if self.max_tokens < 2:
+            raise ValueError(f"max_tokens must be at least 2, got {self.max_tokens}")
+
+    @abstractmethod
+    def rows(self) -> Iterator[tuple[str, Row]]:
+        """(where a row stands, the row)."""
+
+    def read(self) -> list[Item]:
+        """Every row as a prompt with its replies.
+
+        Raises:
+            UserError: nothing to read, or a malformed row.
+        """
+        items = [parse_item(row, where) for where, row in self.rows()]
+        if not items:
+            raise UserError("dataset: no rows")
+        return items
+
+    def prepare(
+        self, items: list[Item], tokenizers: Sequence[Tokenization], rng: np.random.Generator
+    ) -> Prepared:
+        """Count oddities, filter, draw the pool, and split it with ``rng``.
+
+        Raises:
+            UserError: no pairs left, or too few for the splits.
+        """
+        counts: Counter[str] = Counter(rows=len(items))
+        items, ids = self._distinct(items, counts)
+        keep = self._eligible(items, ids, tokenizers, counts)
+        counts["eligible"] = len(keep)
+        if not len(keep):
+            raise UserError(f"dataset: no pairs left after filtering: {describe(counts)}")
+        if self.pool is not None:
+            if self.pool > len(keep):
+                raise UserError(
+                    f"dataset.pool is {self.pool}, but only {len(keep)} pairs are eligible "
+                    f"({describe(counts)}): lower pool, train, val and test"
+                )
+            # The published pool is drawn with numpy's legacy generator; so is ours.
+            draw = np.random.RandomState(self.pool_seed).choice(len(keep), self.pool, replace=False)
+            keep = keep[draw]
+        items = [items[i] for i in keep]
+        splits = self._split(len(items), rng)
+        counts["test_prompts_in_train"] = _shared_prompts(items, splits)
+        return Prepared(items, ids[keep], splits, dict(counts))
+
+    def _distinct(self, items: list[Item], counts: Counter[str]) -> tuple[list[Item], np.ndarray]:
+        """Count oddities of the texts; drop identical and duplicate pairs where asked."""
+        ids = reply_ids(items)
+        seen: set[bytes] = set()
+        keep = []
+        for index, (item, row) in enumerate(zip(items, ids, strict=True)):
+            chosen, rejected = item.replies
+            identical, duplicate = chosen == rejected, row.tobytes() in seen
+            seen.add(row.tobytes())
+            counts["empty_replies"] += any(not reply.strip() for reply in item.replies)
+            counts["identical_replies"] += identical
+            counts["prefix_replies"] += not identical and (
+                chosen.startswith(rejected) or rejected.startswith(chosen)
+            )
+            counts["duplicates"] += duplicate
+            if not ((identical and self.drop_identical) or (duplicate and self.drop_duplicates)):
+                keep.append(index)
+        counts["dropped_identical_or_duplicate"] = len(items) - len(keep)
+        return [items[i] for i in keep], ids[keep]
+
+    def _eligible(
+        self,
+        items: list[Item],
+        ids: np.ndarray,
+        tokenizers: Sequence[Tokenization],
+        counts: Counter[str],
+    ) -> np.ndarray:
+        """Indices that pass the protocol's filters, in its order (2512.10040, appendix)."""
+        measured = [tokenizer.lengths(items, ids) for tokenizer in tokenizers]
+        prompts = np.stack([m.prompt.max(-1) for m in measured]).max(0)  # (N,)
+        totals = np.stack([m.prompt + m.reply for m in measured]).max(0)  # (N, R)
+        replies = np.stack([m.reply for m in measured])  # (tokenizers, N, R)
+        counts["prefix_broken"] = sum(int(m.prefix_broken.any(-1).sum()) for m in measured)
+        counts["system_folded"] = sum(int(m.system_folded.any(-1).sum()) for m in measured)
+        keep = np.arange(len(items))
+
+        def drop(name: str, passes: np.ndarray) -> None:
+            nonlocal keep
+            counts[f"dropped_{name}"] = int((~passes).sum())
+            keep = keep[passes]
+
+        drop("unscorable", (replies.min((0, 2)) > 0) & (prompts > 0))
+        longest = replies.max(0)
+        if self.min_percentile and len(keep):
+            drop("short_prompt", prompts[keep] > np.percentile(prompts[keep], self.min_percentile))
+        if self.min_percentile and len(keep):
+            floor = np.percentile(longest[keep], self.min_percentile, axis=0)
+            drop("short_reply", (longest[keep] > floor).all(-1))
+        cut = keep[(totals[keep] > self.max_tokens).all(-1)]
+        counts["identical_after_truncation"] = _same_when_cut(
+            [items[i] for i in cut],
+            tokenizers,
+            [Lengths(*(column[cut] for column in m)) for m in measured],
+            self.max_tokens,
+        )
+        drop("too_long", (totals[keep] <= self.max_tokens).all(-1))
+        return keep
+
+    def _split(self, size: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        val, test = (round(n * size) if n < 1 else int(n) for n in (self.val, self.test))
+        rest = size - val - test
+        share = self.train is not None and self.train < 1
+        train = (
+            rest if self.train is None else round(self.train * size) if share else int(self.train)
+        )
+        if min(train, val, test) < 1 or train > rest:
+            raise UserError(
+                f"dataset: {size} eligible pairs are too few for train={self.train}, "
+                f"val={self.val}, test={self.test}: lower these sizes"
+            )
+        # From both ends, so that fewer training pairs leave val and test as they are.
+        order = rng.permutation(size)
+        return {
+            "train": order[:train],
+            "val": order[rest : rest + val],
+            "test": order[rest + val :],
+        }
+
+
+@dataclass(kw_only=True)
+class FileDataset(Dataset):
+    """Rows of a hub data set by name, of a local copy of one, or of any local file."""
+
+    path: str
+    split: str = "train"
+
+    def rows(self) -> Iterator[tuple[str, Row]]:
+        return read_rows(self.path, self.split)
+
+
+def describe(counts: Mapping[str, int]) -> str:
+    """``rows 3048, empty replies 5, ...``, zeros left out."""
+    return ", ".join(f"{name.replace('_', ' ')} {n:,}" for name, n in counts.items() if n)
+
+
+def _shared_prompts(items: Sequence[Item], splits: Mapping[str, np.ndarray]) -> int:
+    """Test pairs whose prompt is also trained on: their accuracy is not that of new prompts."""
+    trained = {str(items[i].prompt) for i in splits["train"]}
+    return sum(str(items[i].prompt) in trained for i in splits["test"])
+
+
+def _same_when_cut(
+    items: Sequence[Item],
+    tokenizers: Sequence[Tokenization],
+    measured: Sequence[Lengths],
+    max_tokens: int,
+) -> int:
+    """Pairs that truncation would have made identical under some tokenizer."""
+    # Where the prompt alone is too long, nothing of the replies would have been left.
+    same = np.any([(m.prompt >= max_tokens).all(-1) for m in measured], axis=0)
+    for tokenizer, m in zip(tokenizers, measured, strict=True):
+        both_cut = (m.prompt + m.reply >= max_tokens).all(-1)
+        unsure = np.flatnonzero(both_cut & ~same).tolist()
+        for index, rows in zip(unsure, tokenizer.rows([items[i] for i in unsure]), strict=True):
+            first, *others = (row.ids[:max_tokens] for row in rows or ())
+            same[index] = any(np.array_equal(first, other) for other in others)
+    return int(same.sum())

@@ -1,0 +1,247 @@
+"""Rows of preference data: where they are read from, and the forms that are understood."""
+
+import csv
+import gzip
+import io
+import json
+import re
+import zlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from mrpo_lab import hub
+from mrpo_lab.chat import Item, Message, first_line
+from mrpo_lab.errors import UserError
+
+Row = Mapping[str, Any]
+ROLES = ("system", "user", "assistant")
+SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+
+
+def read_rows(path: str, split: str = "train") -> Iterator[tuple[str, Row]]:
+    """(where, row) of a local file, of a local copy of a hub data set, or of the hub itself.
+
+    ``path`` is a .jsonl, .json, .csv (each also .gz) or .parquet file, a folder in the hub's
+    layout, or a hub name.
+
+    Raises:
+        UserError: nothing there, not readable, or the hub cannot be reached.
+    """
+    local = Path(path).expanduser()
+    if local.is_file():
+        yield from _file_rows(local)
+    elif local.is_dir() or not _looks_local(path):
+        for index, row in enumerate(_hub_rows(path, split)):
+            yield f"{path}[{split}] row {index}", row
+    else:
+        raise UserError(f"dataset.path: there is no file or folder {path}")
+
+
+def _looks_local(path: str) -> bool:
+    return (
+        path.startswith(("/", ".", "~"))
+        or path.endswith((*SUFFIXES, ".gz"))
+        or not (re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path))
+    )
+
+
+def _hub_rows(path: str, split: str) -> Iterator[Row]:
+    import datasets
+    from datasets.exceptions import DatasetNotFoundError, DatasetsError
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    # Its bars are for downloads of many files; ours says what is happening and for how long.
+    datasets.disable_progress_bars()
+    folder = Path(path).expanduser()
+    reason = None if folder.is_dir() else hub.use_cache_if_unreachable()
+    try:
+        if any((folder / f).is_file() for f in ("dataset_info.json", "dataset_dict.json")):
+            saved = datasets.load_from_disk(folder)
+            if isinstance(saved, datasets.DatasetDict) and split not in saved:
+                raise ValueError(f"there is none, choose from {', '.join(saved)}")
+            rows = saved[split] if isinstance(saved, datasets.DatasetDict) else saved
+        else:
+            rows = datasets.load_dataset(str(folder), split=split)
+    except (ConnectionError, OfflineModeIsEnabled, HfHubHTTPError, DatasetNotFoundError) as error:
+        refusal = reason or f"the hub refused it ({first_line(error)})"
+        raise hub.NotAtHandError(path, refusal) from error
+    except (OSError, KeyError, ValueError, DatasetsError) as error:
+        raise UserError(f"dataset.path: {path}, split {split}: {first_line(error)}") from error
+    yield from rows
+
+
+def _file_rows(path: Path) -> Iterator[tuple[str, Row]]:
+    suffix = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
+    if suffix == ".parquet":
+        import pyarrow.parquet as pq
+
+        try:
+            batches = pq.ParquetFile(path).iter_batches()
+            rows = (row for batch in batches for row in batch.to_pylist())
+            yield from ((f"{path} row {index}", row) for index, row in enumerate(rows))
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path}: damaged or no parquet file: {first_line(error)}") from error
+        return
+    if suffix not in SUFFIXES:
+        raise UserError(f"{path}: expected {', '.join(SUFFIXES)}, the text ones also with .gz")
+    with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as raw:
+        # As spreadsheets write it, with a byte order mark; line ends inside texts stay as they are.
+        text = io.TextIOWrapper(raw, encoding="utf-8-sig", newline="")
+        try:
+            yield from {".jsonl": _jsonl, ".json": _json, ".csv": _csv}[suffix](path, text)
+        except (UnicodeDecodeError, gzip.BadGzipFile, EOFError, zlib.error, csv.Error) as error:
+            raise UserError(f"{path}: damaged: {first_line(error)}") from error
+
+
+def _jsonl(path: Path, text: io.TextIOWrapper) -> Iterator[tuple[str, Row]]:
+    for number, line in enumerate(text, start=1):
+        if line.strip():
+            yield f"{path} line {number}", _loads(line, f"{path} line {number}")
+
+
+def _json(path: Path, text: io.TextIOWrapper) -> Iterator[tuple[str, Row]]:
+    rows = _loads(text.read(), str(path))
+    if not isinstance(rows, list):
+        raise UserError(
+            f"{path}: expected a list of objects, one a pair; for one a line use .jsonl"
+        )
+    yield from ((f"{path} row {index}", row) for index, row in enumerate(rows))
+
+
+def _csv(path: Path, text: io.TextIOWrapper) -> Iterator[tuple[str, Row]]:
+    csv.field_size_limit(1 << 30)
+    reader = csv.DictReader(text, strict=True)
+    for row in reader:
+        if None in row:
+            raise UserError(f"{path} line {reader.line_num}: more cells than columns")
+        yield f"{path} line {reader.line_num}", row
+
+
+def _loads(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{where}: not valid JSON: {error.msg} at line {error.lineno} column {error.colno}"
+        ) from error
+
+
+def parse_item(row: Row, where: str) -> Item:
+    """A row as a prompt and its two replies, chosen first.
+
+    Understood: ``prompt``, ``chosen``, ``rejected`` as strings; ``chosen`` and ``rejected`` as
+    message lists that begin with the same prompt, with or without ``prompt`` (a string or a list);
+    PKU's ``response_0``, ``response_1``, ``better_response_id``; and, in any string prompt or
+    conversation, ``Human: ... Assistant: ...`` transcripts.
+
+    Raises:
+        UserError: naming ``where`` and what is missing or of the wrong form.
+    """
+    if not isinstance(row, Mapping):
+        raise UserError(f"{where}: expected an object, got {type(row).__name__}")
+    if "better_response_id" in row and "chosen" not in row:
+        row = _from_pku(row, where)
+    missing = [key for key in ("chosen", "rejected") if row.get(key) is None]
+    if missing:
+        raise UserError(
+            f"{where}: no {' and no '.join(missing)}; columns are {', '.join(map(str, row))}; "
+            "expected prompt, chosen, rejected or response_0, response_1, better_response_id"
+        )
+    chosen, rejected = (_conversation(row[key], key, where) for key in ("chosen", "rejected"))
+    given = row.get("prompt")
+    if given is None or not (isinstance(row["chosen"], str) and isinstance(row["rejected"], str)):
+        prompt = _shared_start(chosen, rejected)
+        chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
+        if isinstance(given, list):
+            start = _messages(given, "prompt", where)
+            prompt = prompt if prompt[: len(start)] == start else start + prompt
+        elif isinstance(given, str) and not prompt:
+            prompt = _transcript(given)
+    else:
+        prompt = _transcript(given) if isinstance(given, str) else _messages(given, "prompt", where)
+        chosen, rejected = (_reply(row[key]) for key in ("chosen", "rejected"))
+    for key, reply in (("chosen", chosen), ("rejected", rejected)):
+        if len(reply) != 1 or reply[0]["role"] != "assistant":
+            roles = [message["role"] for message in reply]
+            raise UserError(
+                f"{where}: {key} must end in one assistant reply after the prompt that both share, "
+                f"got {roles or 'nothing'}"
+            )
+    prompt = _asked(prompt)
+    if not prompt:
+        raise UserError(f"{where}: no prompt")
+    item = Item(tuple(prompt), (chosen[0]["content"], rejected[0]["content"]))
+    try:
+        "".join([*(message["content"] for message in prompt), *item.replies]).encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{where}: not valid Unicode: {first_line(error)}") from error
+    return item
+
+
+def _from_pku(row: Row, where: str) -> Row:
+    better = row["better_response_id"]
+    if better not in (0, 1, "0", "1") or "prompt" not in row:
+        raise UserError(
+            f"{where}: better_response_id must be 0 or 1, beside a prompt; got {better!r}"
+        )
+    replies = [row.get("response_0"), row.get("response_1")]
+    if None in replies:
+        raise UserError(f"{where}: no response_{replies.index(None)} beside better_response_id")
+    return {
+        "prompt": row["prompt"],
+        "chosen": replies[int(better)],
+        "rejected": replies[1 - int(better)],
+    }
+
+
+def _reply(text: str) -> list[Message]:
+    return [{"role": "assistant", "content": text}]
+
+
+def _conversation(value: Any, key: str, where: str) -> list[Message]:
+    """A reply alone, or a conversation that ends in it, as messages."""
+    if not isinstance(value, str):
+        return _messages(value, key, where)
+    turns = _transcript(value)
+    return turns if len(turns) > 1 else _reply(value)
+
+
+def _messages(value: Any, key: str, where: str) -> list[Message]:
+    well_formed = isinstance(value, list) and all(
+        isinstance(m, Mapping) and m.get("role") in ROLES and isinstance(m.get("content"), str)
+        for m in value
+    )
+    if not well_formed:
+        raise UserError(
+            f"{where}: {key} must be a string or a list of {{role, content}} with roles "
+            f"{', '.join(ROLES)}"
+        )
+    return [{"role": m["role"], "content": m["content"]} for m in value]
+
+
+def _shared_start(left: list[Message], right: list[Message]) -> list[Message]:
+    """The prompt of two conversations: the messages before their last that both begin with."""
+    shared = []
+    for a, b in zip(left[:-1], right[:-1], strict=False):
+        if a != b:
+            break
+        shared.append(a)
+    return shared
+
+
+def _transcript(text: str) -> list[Message]:
+    """``Human: ... Assistant: ...`` as messages; any other text is one user message."""
+    if not re.match(r"\s*Human:", text):
+        return [{"role": "user", "content": text}]
+    turns = re.split(r"(?:^|\n\n)\s*(Human|Assistant):", text.strip())
+    roles = {"Human": "user", "Assistant": "assistant"}
+    return [
+        {"role": roles[role], "content": content.strip()}
+        for role, content in zip(turns[1::2], turns[2::2], strict=True)
+    ]
+
+
+def _asked(prompt: list[Message]) -> list[Message]:
+    """Without a final empty ``Assistant:``, which only asks for the reply."""
+    return prompt[:-1] if prompt[-1:] == _reply("") else prompt

@@ -1,0 +1,34 @@
+"""Models and data that need no hub: built, converted or shipped by the project itself."""
+
+from pathlib import Path
+
+from filelock import FileLock
+
+from mrpo_lab import cache
+from mrpo_lab.errors import UserError
+
+
+def folder(name: str) -> Path:
+    """Folder of an embedded model: ``smollm2``, or one of ``tiny7/SLUG``, built at first use.
+
+    Raises:
+        UserError: there is no such model, or smollm2 was not fetched yet.
+    """
+    models = cache.root() / "models"
+    if name == "smollm2":
+        if not (models / name / "config.json").is_file():
+            raise UserError("embedded:smollm2 is not there yet: run `make smollm2` once")
+        return models / name
+    from mrpo_lab.embedded import tiny7  # imports torch
+
+    group, _, slug = name.partition("/")
+    if group != "tiny7" or slug not in tiny7.SLUGS:
+        known = ["smollm2", *(f"tiny7/{slug}" for slug in tiny7.SLUGS)]
+        raise UserError(f"embedded:{name}: there is no such model; choose from {', '.join(known)}")
+    root = models / f"tiny7-{tiny7.DIGEST}"
+    if not root.exists():
+        models.mkdir(parents=True, exist_ok=True)
+        with FileLock(models / ".tiny7.lock"):
+            if not root.exists():
+                tiny7.build(root)
+    return root / slug

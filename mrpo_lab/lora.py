@@ -1,0 +1,80 @@
+"""LoRA without its overhead: peft's layers, their sum computed as one operation in place.
+
+peft adds an adapter's output by separate multiplications and additions of whole activations, in
+float32 whatever the model's dtype. Here the low-rank product is accumulated where the base layer
+wrote its output, in the model's dtype: the same sum, with nothing of the activation's size kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+
+class AddLowRank(torch.autograd.Function):
+    """base + scale * x A' B', written into ``base``."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        base: Float[Tensor, "*n out"],
+        x: Float[Tensor, "*n in"],
+        a: Float[Tensor, "r in"],
+        b: Float[Tensor, "out r"],
+        scale: float,
+    ) -> Float[Tensor, "*n out"]:
+        flat = x.reshape(-1, x.shape[-1])
+        low = flat @ a.to(x.dtype).T
+        base.view(-1, base.shape[-1]).addmm_(low, b.to(x.dtype).T, alpha=scale)
+        ctx.mark_dirty(base)
+        ctx.save_for_backward(flat, low, a, b)
+        ctx.scale = scale
+        return base
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        flat, low, a, b = ctx.saved_tensors
+        above = grads[0].reshape(-1, grads[0].shape[-1])
+        below = (above @ b.to(above.dtype)).mul_(ctx.scale)
+        dx = (below @ a.to(above.dtype)).view(*grads[0].shape[:-1], -1)
+        da, db = below.T @ flat, (above.T @ low).mul_(ctx.scale)
+        return grads[0], dx if ctx.needs_input_grad[1] else None, da.to(a), db.to(b), None
+
+
+add_low_rank: Callable[..., Tensor] = AddLowRank.apply
+
+
+def fuse(model: nn.Module) -> None:
+    """Let every plain LoRA layer of a peft model compute its sum by ``AddLowRank``; layers with
+    dropout, several adapters or a variant of LoRA stay peft's."""
+    from peft.tuners.lora import LoraLayer
+
+    for layer in model.modules():
+        if isinstance(layer, LoraLayer) and _is_plain(layer):
+            (name,) = layer.lora_A
+            layer.forward = partial(_forward, layer, layer.forward, name)
+
+
+def _is_plain(layer: Any) -> bool:
+    if len(layer.lora_A) != 1 or layer.lora_variant or layer.lora_embedding_A:
+        return False
+    (name,) = layer.lora_A
+    return (
+        isinstance(layer.lora_dropout[name], nn.Identity)
+        and isinstance(layer.lora_A[name], nn.Linear)
+        and layer.lora_B[name].bias is None
+    )
+
+
+def _forward(layer: Any, peft_forward: Any, name: str, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    if layer.disable_adapters or layer.merged or args or kwargs:
+        return peft_forward(x, *args, **kwargs)
+    a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
+    base = layer.base_layer(x)
+    # Quantised layers return views, in which autograd allows no writing.
+    return add_low_rank(base.clone() if base._is_view() else base, x, a, b, layer.scaling[name])

@@ -1,0 +1,125 @@
+"""Items as one row without padding: each prompt once, then its replies, item after item.
+
+A pair's prompt is computed once instead of twice (Prefix Sharing, arXiv 2410.20305), and no
+position is spent on padding. ``attention`` lets each reply see its prompt and itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from mrpo_lab.chat import TokenRow
+
+
+class Segment(NamedTuple):
+    """Consecutive tokens of the pack that continue ``prefix`` tokens which stand elsewhere."""
+
+    prefix_start: int
+    prefix: int
+    start: int
+    length: int
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """Who sees whom in a pack: all that attention has to know."""
+
+    segments: tuple[Segment, ...]
+
+    @property
+    def tokens(self) -> int:
+        return sum(segment.length for segment in self.segments)
+
+
+@dataclass(frozen=True, slots=True)
+class Pack:
+    """N tokens of several items, with n reply tokens among them."""
+
+    input_ids: Int[Tensor, "1 N"]
+    position_ids: Int[Tensor, "1 N"]
+    layout: Layout
+    predictors: Int[Tensor, " n"]
+    """Where in the pack the token before each reply token stands."""
+    targets: Int[Tensor, " n"]
+    owners: Int[Tensor, " n"]
+    """To which reply, counted through the pack, each reply token belongs."""
+    counts: Int[Tensor, " replies"]
+    """Tokens of each reply."""
+
+
+def pack(items: Sequence[tuple[TokenRow, ...]], device: torch.device) -> Pack:
+    """Lay out ``items`` one after the other."""
+    ids: list[np.ndarray] = []
+    positions: list[np.ndarray] = []
+    predictors: list[np.ndarray] = []
+    targets: list[np.ndarray] = []
+    segments: list[Segment] = []
+    counts: list[int] = []
+    end = 0
+    for rows in items:
+        first, shared = end, shared_tokens(rows)
+        for prefix, tokens in (
+            (0, rows[0].ids[:shared]),
+            *((shared, r.ids[shared:]) for r in rows),
+        ):
+            segments.append(Segment(first, prefix, end, len(tokens)))
+            ids.append(tokens)
+            positions.append(np.arange(prefix, prefix + len(tokens)))
+            end += len(tokens)
+        for row, own in zip(rows, segments[-len(rows) :], strict=True):
+            before = np.arange(row.start - 1, len(row.ids) - 1)  # in the row's own positions
+            predictors.append(np.where(before < shared, first, own.start - shared) + before)
+            targets.append(row.ids[row.start :])
+            counts.append(row.reply_tokens)
+
+    def tensor(parts: Sequence[np.ndarray]) -> Tensor:
+        return torch.from_numpy(np.concatenate(parts).astype(np.int64)).to(device)
+
+    return Pack(
+        input_ids=tensor(ids)[None],
+        position_ids=tensor(positions)[None],
+        layout=Layout(tuple(segment for segment in segments if segment.length)),
+        predictors=tensor(predictors),
+        targets=tensor(targets),
+        owners=tensor([np.repeat(np.arange(len(counts)), counts)]),
+        counts=tensor([np.array(counts)]),
+    )
+
+
+def shared_tokens(rows: Sequence[TokenRow]) -> int:
+    """How many tokens of an item's rows are the same in all of them, and no reply's."""
+    limit = min(row.start for row in rows)
+    first = rows[0].ids[:limit]
+    for row in rows[1:]:
+        differ = np.flatnonzero(first[:limit] != row.ids[:limit])
+        limit = int(differ[0]) if len(differ) else limit
+    return limit
+
+
+def packed_tokens(rows: Sequence[TokenRow]) -> int:
+    """Tokens that an item takes in a pack."""
+    shared = shared_tokens(rows)
+    return shared + sum(len(row.ids) - shared for row in rows)
+
+
+def balanced(costs: Sequence[int], budget: int) -> list[list[int]]:
+    """Indices in as few groups as ``budget`` allows, of like cost within and about the same sum,
+    costliest first. An index that alone exceeds the budget makes a group of its own."""
+    groups: list[list[int]] = []
+    left, spent, share = sum(costs), 0, 0.0
+    for index in sorted(range(len(costs)), key=lambda i: -costs[i]):
+        if not groups or spent + costs[index] > budget or spent + costs[index] / 2 > share:
+            share = left / -(-left // budget)  # of the groups that are still to be filled
+            groups.append([])
+            spent = 0
+        groups[-1].append(index)
+        spent += costs[index]
+        left -= costs[index]
+    return groups

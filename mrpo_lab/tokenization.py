@@ -1,0 +1,66 @@
+"""Token rows and token counts of texts under one model's tokenizer and template."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from mrpo_lab.chat import ChatFormat, Item, TokenRow, format_fingerprint, load_format
+from mrpo_lab.store import Table
+
+CHUNK = 4096
+
+
+class Lengths(NamedTuple):
+    """Of N items with R replies under one tokenizer, each (N, R)."""
+
+    prompt: np.ndarray
+    """Prompt tokens."""
+    reply: np.ndarray
+    """Reply tokens; 0 where the reply cannot be scored, as when the template refuses the prompt."""
+    prefix_broken: np.ndarray
+    system_folded: np.ndarray
+    """1 where the text had to be bent to fit; see ``TokenRow``."""
+
+
+@dataclass(frozen=True)
+class Tokenization:
+    """Loads the tokenizer when it is first needed: counts already stored need none."""
+
+    name: str
+    folder: Path
+    template: str | None = None
+    trust_remote_code: bool = False
+
+    @cached_property
+    def format(self) -> ChatFormat:
+        return load_format(self.name, self.folder, self.template, self.trust_remote_code)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        return format_fingerprint(self.folder, self.name, self.template)
+
+    def rows(self, items: Sequence[Item]) -> list[tuple[TokenRow, ...] | None]:
+        return self.format.rows(items) if items else []
+
+    def lengths(self, items: Sequence[Item], ids: np.ndarray) -> Lengths:
+        """Token counts of every prompt and reply, counted once per text."""
+        key = {"format": self.fingerprint}
+        table = Table.open("lengths", self.name, key, dict.fromkeys(Lengths._fields, "i4"))
+        known, found = table.read(ids)
+        missing = np.flatnonzero(~found.all(-1))
+        for chunk in np.split(missing, range(CHUNK, len(missing), CHUNK)):
+            for index, rows in zip(chunk, self.rows([items[i] for i in chunk]), strict=True):
+                for reply, row in enumerate(rows or ()):
+                    # A reply that nothing precedes has no log-probability for its first token.
+                    scorable = row.reply_tokens if row.start else 0
+                    known["prompt"][index, reply] = row.start
+                    known["reply"][index, reply] = scorable
+                    known["prefix_broken"][index, reply] = row.prefix_broken
+                    known["system_folded"][index, reply] = row.system_folded
+        if len(missing):
+            table.append(ids[missing], {name: column[missing] for name, column in known.items()})
+        return Lengths(**known)

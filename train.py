@@ -1,0 +1,36 @@
+"""Train one policy: ``python train.py loss=mdpo weighting=vaw dataset=saferlhf``."""
+
+from pathlib import Path
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from mrpo_lab.cli import fail, run_cli
+from mrpo_lab.errors import UserError
+from mrpo_lab.runs import run_name
+
+CONF = str(Path(__file__).parent / "conf")
+
+
+@hydra.main(version_base="1.3", config_path=CONF, config_name="config")
+def train(cfg: DictConfig) -> float:
+    """Accuracy on the test split: what a sweeper would maximise."""
+    from mrpo_lab.main import run_experiment
+
+    hydra_config = HydraConfig.get()
+    overrides = OmegaConf.to_container(hydra_config.overrides.task, resolve=False)
+    assert isinstance(overrides, list)
+    name = run_name(str(cfg.name), hydra_config.runtime.choices, overrides)
+    try:
+        return float(run_experiment(cfg, name)["test/accuracy"])
+    except UserError as error:
+        fail(str(error))
+        if hydra_config.mode == RunMode.RUN:
+            raise SystemExit(2) from error
+        raise
+
+
+if __name__ == "__main__":
+    run_cli(train)
