@@ -1,0 +1,40 @@
+"""Figures of the report; ``all_figures`` is the list of them."""
+
+import pandas as pd
+
+from mrpo_lab.report.figures import accuracy, alpha, mechanism
+from mrpo_lab.report.figures.base import Figure
+from mrpo_lab.report.mechanism import SWEEPS
+from mrpo_lab.report.study import Study
+
+__all__ = ["Figure", "all_figures"]
+
+
+def all_figures(study: Study, compared: pd.DataFrame) -> list[Figure]:
+    """Of every dataset, in the order of the page; those without data are left out.
+
+    ``compared``: the table of comparisons.
+    """
+    figures = [
+        figure
+        for dataset in study.datasets
+        for figure in (
+            accuracy.by_method(study, dataset),
+            accuracy.over_steps(study, dataset, "test"),
+            accuracy.over_steps(study, dataset, "val"),
+            accuracy.against_baselines(compared, study, dataset),
+            alpha.mean_weights(study, dataset),
+            alpha.over_steps(study, dataset),
+            alpha.weights_against_accuracy(study, dataset, "own"),
+            alpha.weights_against_accuracy(study, dataset, "single"),
+            alpha.posteriors(study, dataset),
+            alpha.pulls(study, dataset),
+            alpha.rise_shares(study, dataset, "probe"),
+            alpha.rise_shares(study, dataset, "batch"),
+            mechanism.pair_weights(study, dataset),
+            *(mechanism.against(study, dataset, key) for key in SWEEPS),
+            mechanism.margins(study, dataset),
+            mechanism.agreement(study, dataset),
+        )
+    ]
+    return [figure for figure in figures if figure is not None]

@@ -1,0 +1,191 @@
+"""Where the numbers come from: runs used and left out, commits, versions, hardware, cost."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pandas as pd
+
+from mrpo_lab.report.mechanism import hours
+from mrpo_lab.report.reading import Record
+from mrpo_lab.report.study import Study
+from mrpo_lab.report.tables import ABOUT, Table, text, three, whole
+
+
+def tables(study: Study) -> list[Table]:
+    return [_runs(study), _cost(study), _origins(study), _settings(study)]
+
+
+def _runs(study: Study) -> Table:
+    used = {"compared": "compared", "other setting": "against β, K or pairs only"}
+    rows = []
+    for run in study.runs.itertuples():
+        spent, gpus = hours(study.records[str(run.source)])
+        rows.append(
+            {
+                "run": run.run,
+                "dataset": run.dataset,
+                "method": run.method,
+                "seed": run.seed,
+                "status": run.status,
+                "used": used.get(run.role, run.role),
+                "reason": run.reason,
+                "steps": run.steps,
+                "hours": spent,
+                "gpus": gpus,
+                "source": run.source,
+            }
+        )
+    rows += [
+        {
+            "run": record.name,
+            "status": "unreadable",
+            "used": "left out",
+            "reason": record.problem,
+            "source": record.source,
+        }
+        for record in study.unreadable
+    ]
+    columns = ["run", "dataset", "method", "seed", "status", "used", "reason", "steps"]
+    frame = pd.DataFrame(rows, columns=[*columns, "hours", "gpus", "source"])
+    return Table(
+        "runs",
+        "provenance",
+        "Runs",
+        "Every run folder that was found, what it was used for, and why not for more.",
+        frame,
+        {
+            **ABOUT,
+            "seed": ("seed", whole),
+            "status": ("status", text),
+            "used": ("used", text),
+            "reason": ("because", text),
+            "steps": ("steps", whole),
+            "hours": ("hours", three),
+            "run": ("run", text),
+        },
+    )
+
+
+def _cost(study: Study) -> Table:
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    for run in study.runs.itertuples():
+        spent, gpus = hours(study.records[str(run.source)])
+        row = rows.setdefault(
+            (run.dataset, run.status),
+            {
+                "dataset": run.dataset,
+                "status": run.status,
+                "runs": 0,
+                "hours": 0.0,
+                "gpu_hours": 0.0,
+            },
+        )
+        row["runs"] += 1
+        row["hours"] += spent
+        row["gpu_hours"] += spent * gpus
+    frame = pd.DataFrame(
+        list(rows.values()), columns=["dataset", "status", "runs", "hours", "gpu_hours"]
+    )
+    total = {
+        "dataset": "all",
+        "status": "",
+        **frame[["runs", "hours", "gpu_hours"]].sum().to_dict(),
+    }
+    return Table(
+        "cost",
+        "provenance",
+        "Cost",
+        "Hours of set-up (reference scores that the run itself computed included) and training. "
+        "GPU-hours are hours times the run's GPUs; runs on the CPU have none.",
+        pd.concat([frame, pd.DataFrame([total])], ignore_index=True) if len(frame) else frame,
+        {
+            "dataset": ("dataset", text),
+            "status": ("status", text),
+            "runs": ("runs", whole),
+            "hours": ("hours", three),
+            "gpu_hours": ("GPU-hours", three),
+        },
+    )
+
+
+def _origins(study: Study) -> Table:
+    """Each combination of code, libraries and machine that runs started with, and how often."""
+    counted = Counter(
+        tuple(_origin(session).items())
+        for record in study.records.values()
+        for session in record.sessions
+    )
+    rows = [{**dict(origin), "starts": number} for origin, number in counted.most_common()]
+    names = ("commit", "versions", "hardware", "host")
+    return Table(
+        "origins",
+        "provenance",
+        "Code, versions and hardware",
+        "Each combination that runs were started with, and how many starts it had. A commit with "
+        "a + had changes that were not committed.",
+        pd.DataFrame(rows, columns=[*names, "starts"]),
+        {**{name: (name, text) for name in names}, "starts": ("starts", whole)},
+    )
+
+
+def _origin(session: dict[str, Any]) -> dict[str, str]:
+    git = session.get("git") or {}
+    commit = str(git.get("commit") or "unknown")[:12] + ("+" if git.get("changed") else "")
+    versions = {"python": session.get("python"), **session.get("versions", {})}
+    gpus = Counter(session.get("gpus") or ())
+    hardware = ", ".join(f"{n} x {gpu}" for gpu, n in gpus.items()) or f"{session.get('cpus')} CPUs"
+    return {
+        "commit": commit,
+        "versions": ", ".join(f"{name} {number}" for name, number in versions.items()),
+        "hardware": hardware,
+        "host": str(session.get("host", "")),
+    }
+
+
+def _settings(study: Study) -> Table:
+    """What all compared runs of a dataset share."""
+    keys = sorted({key for main in study.main.values() for key in main if "_target_" not in key})
+    rows = [{"key": key, **{d: study.main[d].get(key, "") for d in study.datasets}} for key in keys]
+    return Table(
+        "settings",
+        "provenance",
+        "Settings of the compared runs",
+        "What the compared runs of a dataset share: the setting that most of its runs have.",
+        pd.DataFrame(rows, columns=["key", *study.datasets]),
+        {"key": ("key", text), **{d: (d, text) for d in study.datasets}},
+    )
+
+
+def described(record: Record, run: Any) -> dict[str, Any]:
+    """What the page shows of one run when its point is clicked."""
+    spent, gpus = hours(record)
+    session = record.sessions[-1] if record.sessions else {}
+    result = record.result
+    return {
+        "name": record.name,
+        "folder": record.source,
+        "status": record.status,
+        "problem": record.problem,
+        "method": run.method,
+        "dataset": run.dataset,
+        "seed": run.seed,
+        "accuracy": {
+            key: result.get(key)
+            for key in ("base/val_accuracy", "val/accuracy", "base/test_accuracy", "test/accuracy")
+        },
+        "references": {
+            slug: {k: round(v, 4) for k, v in values.items() if isinstance(v, (int, float))}
+            for slug, values in result.get("references", {}).items()
+        },
+        "steps": int(run.steps),
+        "hours": round(spent, 3),
+        "gpus": gpus,
+        "command": " ".join(map(str, session.get("command", ()))),
+        "commit": (session.get("git") or {}).get("commit"),
+        "started": session.get("started"),
+        "counts": {k: v for k, v in result.get("counts", {}).items() if v},
+        "traceback": result.get("traceback", ""),
+        "samples": result.get("samples", []),
+    }

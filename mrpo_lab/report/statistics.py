@@ -1,0 +1,267 @@
+"""Statistics of the study as pure functions of arrays; each says its source.
+
+Three kinds of chance are kept apart. Which *pairs* were drawn for testing: ``clustered_bootstrap``
+and ``sign_flip_p``. Which *seeds* were trained: ``resampled_t``. Which *reference* is which:
+``mean_tau_test``. All seeds' test sets come from one pool and overlap, so a pair that several seeds
+test is one observation, wherever it appears: it is resampled, or its sign flipped, as a whole.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache, reduce
+from itertools import combinations, permutations, product
+
+import numpy as np
+from scipy import stats
+from statsmodels.stats.multitest import multipletests
+
+TOLERANCE = 1e-9
+"""Two values of a statistic are the same within this: sums of fractions are rounded."""
+MOST = 8
+"""References whose relabellings are gone through one by one: 40,320."""
+
+
+@dataclass(frozen=True)
+class TauTest:
+    """Kendall's tau-b averaged over seeds, and how often chance alone gives so much."""
+
+    mean: float
+    taus: tuple[float, ...]
+    """Of the seeds where it is defined."""
+    p_greater: float
+    """P(T >= mean): one-sided, ties of the statistic included."""
+    p_two_sided: float
+    """P(|T| >= |mean|)."""
+    p_one_matching: float
+    """The same where one matching of references holds in all seeds; NaN beyond ``MOST`` references
+    or where seeds have different numbers of them."""
+
+
+def mean_tau_test(pairs: Sequence[tuple[Sequence[float], Sequence[float]]]) -> TauTest:
+    """Test of the mean over seeds of tau-b(x, y), x and y over K references.
+
+    Null: in every seed, independently, all K! ways to match x with y are equally likely, given the
+    ties in each. Its distribution is computed exactly, by counting and convolution. A seed in
+    which x or y are all equal has no tau and is left out.
+    """
+    lattices: dict[float, list[np.ndarray]] = defaultdict(list)
+    taus = []
+    for x, y in pairs:
+        scale = _tau_scale(x, y)
+        if scale > 0:
+            taus.append(float(stats.kendalltau(x, y).statistic))
+            lattices[scale].append(kendall_null(_groups(x), _groups(y)))
+    if not taus:
+        return TauTest(math.nan, (), math.nan, math.nan, math.nan)
+    # Within a scale the statistic is an integer, so that probabilities of its sums are convolved.
+    parts = []
+    for scale, nulls in lattices.items():
+        probabilities = reduce(np.convolve, nulls)
+        reach = len(probabilities) // 2
+        parts.append((np.arange(-reach, reach + 1) / scale, probabilities))
+    total = sum(taus)
+    return TauTest(
+        total / len(taus),
+        tuple(taus),
+        _tail(parts, total),
+        _tail(parts, abs(total)) + _tail([(-v[::-1], p[::-1]) for v, p in parts], abs(total))
+        if abs(total) > TOLERANCE
+        else 1.0,
+        _one_matching([(x, y) for x, y in pairs if _tau_scale(x, y) > 0]),
+    )
+
+
+def _groups(values: Sequence[float]) -> tuple[int, ...]:
+    """How many share each value, by rising value."""
+    return tuple(np.unique(values, return_counts=True)[1].tolist())
+
+
+@lru_cache(maxsize=1024)
+def kendall_null(groups: tuple[int, ...], values: tuple[int, ...]) -> np.ndarray:
+    """Probabilities of S = concordant - discordant pairs from -K(K-1)/2 to K(K-1)/2, over all
+    ways to match x with y, given how many share each value of x (``groups``) and y (``values``).
+
+    References are taken by rising x, one group of equal x after another. The state is how many of
+    each value of y are still free; a group's share of S is decided by what it takes and what it
+    leaves. Counts are exact integers.
+    """
+    ways: dict[tuple[int, ...], dict[int, int]] = {values: {0: 1}}
+    for size in groups:
+        following: dict[tuple[int, ...], dict[int, int]] = defaultdict(lambda: defaultdict(int))
+        for free, scores in ways.items():
+            for taken in _take(free, size):
+                left = tuple(f - t for f, t in zip(free, taken, strict=True))
+                share = _concordance(taken, left)
+                choices = math.prod(map(math.comb, free, taken))
+                for score, count in scores.items():
+                    following[left][score + share] += count * choices
+        ways = following
+    (scores,) = ways.values()
+    reach, total = math.comb(sum(groups), 2), sum(scores.values())
+    return np.array([scores.get(s, 0) / total for s in range(-reach, reach + 1)])
+
+
+def _one_matching(pairs: Sequence[tuple[Sequence[float], Sequence[float]]]) -> float:
+    """Two-sided p of the mean tau-b over all K! relabellings of the references, the same in every
+    seed.
+
+    A reference is the same model in every seed, so its accuracies, and most weights, are nearly
+    the same too: seeds are then no independent trials of the matching, and the p of
+    ``mean_tau_test`` is too small. This one makes no use of their number.
+    """
+    size = len(pairs[0][0])
+    if size > MOST or any(len(x) != size for x, _ in pairs):
+        return math.nan
+    relabelled = np.array(list(permutations(range(size))))
+    total = np.zeros(len(relabelled))
+    for x, y in pairs:
+        order, goal = (np.sign(np.subtract.outer(v, v)) for v in (x, y))
+        for i, j in combinations(range(size), 2):
+            concordance = order[relabelled[:, i], relabelled[:, j]] * goal[i, j]
+            total += concordance / _tau_scale(x, y)
+    return float((np.abs(total) >= abs(total[0]) - TOLERANCE).mean())
+
+
+def _take(free: tuple[int, ...], size: int) -> Iterator[tuple[int, ...]]:
+    """All ways to take ``size`` of what is free, as counts of each kind."""
+    if not free:
+        if size == 0:
+            yield ()
+        return
+    for first in range(min(free[0], size) + 1):
+        for rest in _take(free[1:], size - first):
+            yield (first, *rest)
+
+
+def _concordance(lower: Sequence[int], upper: Sequence[int]) -> int:
+    """Concordant minus discordant pairs between two groups, given as counts of rising values."""
+    return sum(
+        n * m * ((j > i) - (j < i))
+        for (i, n), (j, m) in product(enumerate(lower), enumerate(upper))
+    )
+
+
+def _tau_scale(x: Sequence[float], y: Sequence[float]) -> float:
+    """What S is divided by to give tau-b; 0 where all of x or all of y are equal."""
+    pairs = math.comb(len(x), 2)
+    tied = [sum(math.comb(n, 2) for n in _groups(v)) for v in (x, y)]
+    return math.sqrt((pairs - tied[0]) * (pairs - tied[1]))
+
+
+def _tail(parts: Sequence[tuple[np.ndarray, np.ndarray]], least: float) -> float:
+    """P(sum of independent discrete variables >= least); each (rising values, probabilities).
+
+    The sum of the first half is tabulated, and that of the other, and the two are met in the
+    middle.
+    """
+    halves = [_sum(parts[0::2]), _sum(parts[1::2])]
+    (values, chances), (others, other_chances) = halves
+    survival = np.append(np.cumsum(other_chances[::-1])[::-1], 0.0)
+    at = np.searchsorted(others, least - values - TOLERANCE)
+    return float(min(1.0, chances @ survival[at]))
+
+
+def _sum(parts: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+    """Rising values of a sum of independent discrete variables, and their probabilities."""
+    values: np.ndarray = np.zeros(1)
+    chances: np.ndarray = np.ones(1)
+    for more, more_chances in parts:
+        kept = more_chances > 0
+        sums = np.round(np.add.outer(values, more[kept]), 10).ravel()
+        values, place = np.unique(sums, return_inverse=True)
+        chances = np.bincount(place.ravel(), np.multiply.outer(chances, more_chances[kept]).ravel())
+    return values, chances
+
+
+def sign_flip_p(differences: np.ndarray) -> float:
+    """Exact two-sided p of sum(differences) = 0 where each sign is a fair coin.
+
+    ``differences``: (N,) integers, a pair's correct answers under one method minus those under the
+    other, summed over the seeds that test it. With one seed this is McNemar's exact test (Edwards
+    1948); otherwise its generalisation to pairs that several seeds share.
+    """
+    sizes = np.abs(np.asarray(differences, dtype=np.int64))
+    observed = int(abs(np.sum(differences)))
+    chances = np.ones(1)
+    for size in range(1, int(sizes.max(initial=0)) + 1):
+        number = int((sizes == size).sum())
+        spread = np.zeros(2 * size * number + 1)
+        spread[:: 2 * size] = stats.binom.pmf(np.arange(number + 1), number, 0.5)
+        chances = np.convolve(chances, spread)
+    sums = np.arange(len(chances)) - len(chances) // 2
+    return float(min(1.0, chances[np.abs(sums) >= observed].sum()))
+
+
+def clustered_bootstrap(
+    differences: np.ndarray, rng: np.random.Generator, resamples: int = 2000
+) -> np.ndarray:
+    """(resamples, M) mean differences of M comparisons: pairs are drawn with replacement, each with
+    all the seeds that test it (cluster bootstrap; Davison and Hinkley 1997, section 3.8).
+
+    ``differences``: (N, S, M), pairs x seeds x comparisons, NaN where a seed does not test a pair.
+    The estimate is the mean over seeds of each seed's mean over its pairs.
+    """
+    pairs, seeds, comparisons = differences.shape
+    tested = np.isfinite(differences[:, :, 0]).astype(np.float32)
+    values = np.nan_to_num(differences).reshape(pairs, -1).astype(np.float32)
+    estimates = []
+    for _ in range(0, resamples, 250):
+        drawn = rng.multinomial(pairs, np.full(pairs, 1 / pairs), size=250).astype(np.float32)
+        sums = (drawn @ values).reshape(250, seeds, comparisons)
+        counts = np.maximum(drawn @ tested, 1)[:, :, None]
+        estimates.append((sums / counts).mean(1))
+    return np.concatenate(estimates)[:resamples]
+
+
+@dataclass(frozen=True)
+class SeedTest:
+    """Mean difference over seeds, its standard error, and a t-test's p; NaN below two seeds."""
+
+    mean: float
+    standard_error: float
+    p: float
+
+
+def resampled_t(differences: Sequence[float], test_share: float) -> SeedTest:
+    """Corrected resampled t-test (Nadeau and Bengio 2003, eq. 10): two-sided.
+
+    Splits drawn again from one pool overlap, in training and test pairs alike, so that seeds'
+    differences are correlated and s^2/S is too small. ``test_share``, test over training pairs, is
+    added to 1/S.
+    """
+    values = np.asarray(differences, dtype=float)
+    mean, seeds = float(values.mean()), len(values)
+    if seeds < 2:
+        return SeedTest(mean, math.nan, math.nan)
+    error = math.sqrt(float(values.var(ddof=1)) * (1 / seeds + test_share))
+    if error <= TOLERANCE:  # all seeds alike: their spread says nothing
+        return SeedTest(mean, error, math.nan)
+    return SeedTest(mean, error, float(2 * stats.t.sf(abs(mean / error), seeds - 1)))
+
+
+def smallest_detectable(standard_error: float, tests: int = 1, level: float = 0.05) -> float:
+    """The difference found with 80 % power at two-sided ``level`` / ``tests``, if its estimate is
+    normal: (z_(1 - level/2m) + z_0.8) standard errors (Bloom 1995)."""
+    z = stats.norm.ppf(1 - level / (2 * tests)) + stats.norm.ppf(0.8)
+    return float(z * standard_error)
+
+
+def holm(ps: Sequence[float]) -> np.ndarray:
+    """p-values adjusted for their number (Holm 1979); NaN stays NaN and is not counted."""
+    values = np.asarray(ps, dtype=float)
+    known = np.isfinite(values)
+    adjusted = np.full(len(values), np.nan)
+    if known.any():
+        adjusted[known] = multipletests(values[known], method="holm")[1]
+    return adjusted
+
+
+def standard_error(values: Sequence[float]) -> float:
+    """s / sqrt(n) of the values that are there; NaN below two."""
+    known = np.asarray(values, dtype=float)
+    known = known[np.isfinite(known)]
+    return float(known.std(ddof=1) / math.sqrt(len(known))) if len(known) > 1 else math.nan
