@@ -1,0 +1,1 @@
+"""Where a run happens: profiles for ``accelerate launch``."""
