@@ -1,0 +1,158 @@
+"""``python -m benchmarks [FILE ...]``: this project and TRL, in turn, on the same pairs.
+
+Every measurement is a fresh process. The numbers are compared before the times are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from importlib import metadata, resources
+from pathlib import Path
+from typing import Any
+
+from benchmarks.work import Work
+
+TOKENS = {"float32": 512, "bfloat16": 1024}
+"""Tokens in a forward pass of ours: about where more brings no speed."""
+SAME = {"float32": 1e-5, "bfloat16": 0.05}
+"""Largest relative difference of a pair's log-probabilities from the plain computation."""
+
+
+@dataclass(frozen=True)
+class Row:
+    what: str
+    ours: str
+    theirs: str
+    ratio: float
+
+    def __str__(self) -> str:
+        return f"| {self.what} | {self.ours} | {self.theirs} | {self.ratio:.2f} |"
+
+
+def measure(who: str, size: int, work: Work) -> dict[str, Any]:
+    """What the contestant prints last.
+
+    Raises:
+        SystemExit: it failed, with what it said.
+    """
+    print(f"{work.name()} {work.dtype}: {who} {size} ...", file=sys.stderr, flush=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.contestants", who, str(size), work.to_json()],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": str(work.threads), "HF_HUB_OFFLINE": "1"},
+    )
+    if done.returncode:
+        raise SystemExit(f"{who}: {done.stderr[-3000:]}")
+    numbers: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return numbers
+
+
+def compare(work: Work) -> Iterator[Row]:
+    """Training, then scoring."""
+    tokens = TOKENS[work.dtype]
+    peak = measure("peak", 0, work)["flops_per_second"]
+    ours = measure("ours_training", tokens, work)
+    assert ours["packs"]
+    small, default = (measure("trl_training", size, work) for size in (1, work.batch))
+    best = max(small, default, key=lambda trl: trl["pairs_per_second"])
+    name = f"{work.name()}, {work.dtype}"
+    yield speed(f"training, {name}", ours, best)
+    yield memory(f"memory, {name}, TRL at its best", ours, best)
+    yield memory(f"memory, {name}, TRL at micro-batch {work.batch}", ours, default)
+    share = ours["flops_per_second"] / peak
+    yield Row(
+        f"share of the matmul peak, {name}",
+        f"{ours['flops_per_second'] / 1e9:.0f} GFLOP/s",
+        f"{peak / 1e9:.0f} GFLOP/s",
+        share,
+    )
+    ours = measure("ours_scoring", 2 * tokens, work)
+    plain = measure("plain_scoring", 2 * tokens, work)
+    trl = measure("trl_scoring", 1, work)
+    apart = difference(ours["logps"], plain["logps"])
+    if not apart < SAME[work.dtype]:
+        raise SystemExit(f"{name}: log-probabilities differ from the plain ones by {apart:.2g}")
+    yield speed(f"scoring, {name}, beside TRL's", ours, trl)
+    yield speed(f"scoring, {name}, beside plain batches", ours, plain)
+
+
+def difference(ours: list[list[float]], theirs: list[list[float]]) -> float:
+    return max(
+        abs(a - b) / abs(b)
+        for mine, other in zip(ours, theirs, strict=True)
+        for a, b in zip(mine, other, strict=True)
+    )
+
+
+def speed(what: str, ours: dict[str, Any], theirs: dict[str, Any]) -> Row:
+    a, b = ours["pairs_per_second"], theirs["pairs_per_second"]
+    return Row(what, f"{a:.2f} pairs/s", f"{b:.2f} pairs/s", a / b)
+
+
+def memory(what: str, ours: dict[str, Any], theirs: dict[str, Any]) -> Row:
+    a, b = ours["peak_gib"], theirs["peak_gib"]
+    return Row(what, f"{a:.2f} GiB", f"{b:.2f} GiB", a / b)
+
+
+def surroundings() -> dict[str, Any]:
+    """Where and of what a result was measured."""
+    commit = subprocess.run(
+        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+    ).stdout.strip()
+    packages = ("torch", "transformers", "peft", "trl")
+    return {
+        "commit": commit,
+        "machine": platform.platform(),
+        "cores": os.cpu_count(),
+        **{name: metadata.version(name) for name in packages},
+    }
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    starter = resources.files("mrpo_lab") / "embedded" / "starter.jsonl"
+    parser.add_argument("files", nargs="*", default=[str(starter)], help="preference pairs")
+    parser.add_argument("--model", default="embedded:smollm2")
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=TOKENS)
+    parser.add_argument("--max-tokens", type=int, default=1024)
+    parser.add_argument("--batch", type=int, default=8, help="pairs an optimizer step")
+    parser.add_argument("--steps", type=int, default=3, help="timed, after one that is not")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--out", type=Path, help="also write all numbers to this JSON file")
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = arguments()
+    rows: list[Row] = []
+    print("| what | this project | the other | ratio |\n| --- | --- | --- | --- |", flush=True)
+    for file in options.files:
+        work = Work(
+            data=file,
+            model=options.model,
+            dtype="float32",
+            max_tokens=options.max_tokens,
+            batch=options.batch,
+            steps=options.steps,
+            threads=options.threads,
+        )
+        for dtype in options.dtypes:
+            for row in compare(replace(work, dtype=dtype)):
+                rows.append(row)
+                print(row, flush=True)
+    if options.out:
+        content = {**surroundings(), "rows": [vars(row) for row in rows]}
+        options.out.write_text(json.dumps(content, indent=2))
+
+
+if __name__ == "__main__":
+    main()

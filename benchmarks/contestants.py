@@ -1,0 +1,295 @@
+"""One measurement in a process of its own: ``python -m benchmarks.contestants WHO WORK``.
+
+WORK is JSON; the last line printed is JSON too.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.work import BETA, LORA, Work, flops, matmul_peak, peak_gib, timed, wait
+from mrpo_lab.chat import Item, TokenRow
+from mrpo_lab.losses import PreferenceLoss, dpo, logistic, no_clip
+from mrpo_lab.models import DTYPES, locate
+from mrpo_lab.runs import Run
+from mrpo_lab.scores import Scores
+from mrpo_lab.scoring import ReplyScorer
+from mrpo_lab.seeding import Seeds
+from mrpo_lab.tracking import LocalTracker
+from mrpo_lab.train_config import TrainConfig
+from mrpo_lab.trainer import Data, Trainer
+from mrpo_lab.weighting import ARWC
+from mrpo_lab.workers import Workers
+
+Numbers = dict[str, Any]
+REPLIES = ("chosen", "rejected")
+
+
+def ours_training(work: Work, tokens: int) -> Numbers:
+    """Steps of ``Trainer`` on the policy with one reference."""
+    workers = Workers.start()
+    policy = work.policy().build(workers.device, 0)
+    _, rows = work.pairs()
+    pairs = np.arange(len(rows))
+    refs = policy.scorer.score(rows, 2048)  # the policy is its own reference before training
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = Trainer(
+            TrainConfig(
+                batch_size=work.batch, micro_batch_tokens=tokens, accuracy_after_step=False
+            ),
+            policy,
+            Data(
+                rows=rows,
+                refs=Scores.stack([refs]),
+                slugs=["self"],
+                names=str,
+                fingerprint="",
+                ids=np.zeros((len(rows), 2), dtype="S16"),
+                train=pairs,
+                val=pairs,
+                test=pairs,
+            ),
+            PreferenceLoss(
+                combine=dpo, link=logistic, clip=no_clip, beta=BETA, length_normalized=False
+            ),
+            ARWC(),  # of one reference: all weight is its own
+            lambda parameters: torch.optim.AdamW(parameters, lr=1e-4),
+            Seeds(0),
+            workers,
+            Run(Path(folder), "bench", {}),
+            LocalTracker(),
+        )
+        losses: list[float] = []
+
+        def step(number: int) -> None:
+            batch = pairs[number * work.batch : (number + 1) * work.batch]
+            losses.append(trainer.train_step(batch)["train/loss"])
+
+        seconds = timed(step, work.steps, workers.device)
+    floor = flops(policy.model, rows[work.batch :], backward=True)
+    return rate(work, seconds) | {
+        "flops_per_second": floor / sum(seconds),
+        "losses": losses,
+        "packs": policy.scorer.packs,
+    }
+
+
+def trl_training(work: Work, micro_batch: int) -> Numbers:
+    """Steps of TRL's DPOTrainer on the same pairs, its reference log-probabilities given."""
+    import datasets
+    import peft
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from trl import DPOConfig, DPOTrainer
+
+    items, _ = work.pairs()
+    began: list[float] = []
+    seconds: list[float] = []
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            began.append(clock())
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            seconds.append(clock() - began[-1])
+
+    folder = locate(work.model)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[work.dtype])
+    with tempfile.TemporaryDirectory() as output:
+        trainer = DPOTrainer(
+            model=model,
+            args=DPOConfig(
+                output_dir=output,
+                per_device_train_batch_size=micro_batch,
+                gradient_accumulation_steps=work.batch // micro_batch,
+                max_steps=work.steps + 1,
+                max_length=work.max_tokens,
+                beta=BETA,
+                learning_rate=1e-4,
+                lr_scheduler_type="constant",
+                max_grad_norm=0.0,
+                precompute_ref_log_probs=True,
+                bf16=work.dtype == "bfloat16",
+                gradient_checkpointing=False,
+                train_sampling_strategy="sequential",
+                logging_strategy="no",
+                save_strategy="no",
+                report_to=[],
+                disable_tqdm=True,
+                use_cpu=not torch.cuda.is_available(),
+            ),
+            train_dataset=datasets.Dataset.from_list(trl_rows(items)),
+            processing_class=AutoTokenizer.from_pretrained(folder),
+            peft_config=peft.LoraConfig(task_type="CAUSAL_LM", **LORA),
+            callbacks=[Clock()],
+        )
+        refs = np.array(
+            [trainer.train_dataset["ref_chosen_logps"], trainer.train_dataset["ref_rejected_logps"]]
+        )
+        trainer.train()
+    return rate(work, seconds[1:]) | {"ref_logps": refs.T.tolist()}
+
+
+def trl_rows(items: list[Item]) -> list[dict[str, Any]]:
+    """Pairs in TRL's conversational form."""
+    return [
+        {
+            "prompt": list(item.prompt),
+            "chosen": [{"role": "assistant", "content": item.replies[0]}],
+            "rejected": [{"role": "assistant", "content": item.replies[1]}],
+        }
+        for item in items
+    ]
+
+
+def clock() -> float:
+    """Now, when the device is done with all it was given."""
+    wait(Workers.start().device)
+    return time.perf_counter()
+
+
+def ours_scoring(work: Work, tokens: int) -> Numbers:
+    """Scores of a reference."""
+    device = Workers.start().device
+    policy = work.policy(lora=False)
+    scorer = ReplyScorer(policy.load(device))
+    _, rows = work.pairs()
+    scorer.check_packing(rows)
+    found: list[Scores] = []
+
+    def step(number: int) -> None:
+        found.append(scorer.score(part(rows, work, number), tokens))
+
+    seconds = timed(step, work.steps, device)
+    return rate(work, seconds) | {
+        "flops_per_second": flops(scorer.model, rows[work.batch :], False) / sum(seconds),
+        "logps": torch.cat([scores.sums for scores in found]).tolist(),
+        "packs": scorer.packs,
+    }
+
+
+def plain_scoring(work: Work, tokens: int) -> Numbers:
+    """transformers in batches of rows of like length, whole logits: what one writes first."""
+    from transformers import AutoModelForCausalLM
+
+    device = Workers.start().device
+    model: Any = AutoModelForCausalLM.from_pretrained(locate(work.model), dtype=DTYPES[work.dtype])
+    model.to(device).eval()
+    _, pairs = work.pairs()
+    found: list[torch.Tensor] = []
+
+    @torch.no_grad()
+    def step(number: int) -> None:
+        rows = [row for pair in part(pairs, work, number) for row in pair]
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))
+        sums = torch.zeros(len(rows), dtype=torch.float64)
+        while order:
+            width = len(rows[order[-1]].ids)
+            size = max(1, tokens // width)
+            chosen, order = order[-size:], order[:-size]
+            sums[chosen] = plain_logps(model, [rows[i] for i in chosen]).double().cpu()
+        found.append(sums.view(-1, 2))
+
+    seconds = timed(step, work.steps, device)
+    return rate(work, seconds) | {"logps": torch.cat(found).tolist()}
+
+
+def plain_logps(model: Any, rows: list[TokenRow]) -> torch.Tensor:
+    width = max(len(row.ids) for row in rows)
+    ids = torch.zeros(len(rows), width, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    reply = torch.zeros_like(ids)
+    for i, row in enumerate(rows):
+        ids[i, : len(row.ids)] = torch.from_numpy(row.ids).long()
+        mask[i, : len(row.ids)] = 1
+        reply[i, row.start : len(row.ids)] = 1
+    ids, mask, reply = (tensor.to(model.device) for tensor in (ids, mask, reply))
+    logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logps = wide.log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
+    sums: torch.Tensor = (logps * reply[:, 1:]).sum(-1)
+    return sums
+
+
+def trl_scoring(work: Work, micro_batch: int) -> Numbers:
+    """TRL's own precomputation of reference log-probabilities, as its trainer calls it."""
+    import datasets
+    from torch.utils.data import DataLoader
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from trl import DPOConfig, DPOTrainer
+
+    items, _ = work.pairs()
+    folder = locate(work.model)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[work.dtype])
+    with tempfile.TemporaryDirectory() as output:
+        trainer = DPOTrainer(
+            model=model,
+            args=DPOConfig(
+                output_dir=output,
+                max_length=work.max_tokens,
+                bf16=work.dtype == "bfloat16",
+                report_to=[],
+                use_cpu=not torch.cuda.is_available(),
+            ),
+            train_dataset=datasets.Dataset.from_list(trl_rows(items)),
+            processing_class=AutoTokenizer.from_pretrained(folder),
+        )
+        loader = DataLoader(
+            trainer.train_dataset, batch_size=micro_batch, collate_fn=trainer.data_collator
+        )
+        batches = list(trainer.accelerator.prepare(loader))
+        each = work.batch // micro_batch
+        model.eval()
+        found: list[torch.Tensor] = []
+
+        def step(number: int) -> None:
+            for batch in batches[number * each : (number + 1) * each]:
+                found.append(torch.stack(trainer.compute_ref_log_probs(model, batch), 1).cpu())
+
+        seconds = timed(step, work.steps, model.device)
+    return rate(work, seconds) | {"logps": torch.cat(found).tolist()}
+
+
+def part(rows: list[Any], work: Work, number: int) -> list[Any]:
+    return rows[number * work.batch : (number + 1) * work.batch]
+
+
+def rate(work: Work, seconds: list[float]) -> Numbers:
+    return {
+        "pairs_per_second": work.batch / statistics.median(seconds),
+        "seconds": seconds,
+    }
+
+
+def peak(work: Work, _: int) -> Numbers:
+    return {"flops_per_second": matmul_peak(DTYPES[work.dtype], Workers.start().device)}
+
+
+CONTESTANTS = {
+    "ours_training": ours_training,
+    "trl_training": trl_training,
+    "ours_scoring": ours_scoring,
+    "plain_scoring": plain_scoring,
+    "trl_scoring": trl_scoring,
+    "peak": peak,
+}
+
+
+def main() -> None:
+    who, size, work = sys.argv[1], int(sys.argv[2]), Work(**json.loads(sys.argv[3]))
+    torch.set_num_threads(work.threads)
+    torch.manual_seed(0)
+    numbers = CONTESTANTS[who](work, size)
+    print(json.dumps(numbers | {"peak_gib": peak_gib()}))
+
+
+if __name__ == "__main__":
+    main()
