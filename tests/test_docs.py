@@ -1,0 +1,175 @@
+"""Every command and every piece of code in README and docs is run, or composed where it needs the
+hub."""
+
+import re
+import shlex
+import time
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from harness import Opened
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import DictConfig, OmegaConf
+from report_runs import make_run
+
+from launchers.__main__ import parser
+from mrpo_lab import configs, losses
+from mrpo_lab.cli import named_seed
+from mrpo_lab.data.dataset import Dataset
+from mrpo_lab.data.rows import read_rows
+from mrpo_lab.report import __main__ as report
+from mrpo_lab.report import wandb_runs
+from mrpo_lab.scores import Scores
+from mrpo_lab.weighting import Context
+from mrpo_lab.weighting.offline import Offline
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def blocks(language: str) -> list[str]:
+    pattern = re.compile(rf"^```{language}\n(.*?)^```", re.M | re.S)
+    return [block for page in PAGES for block in pattern.findall(page.read_text())]
+
+
+def commands() -> list[list[str]]:
+    lines = [line for block in blocks("sh") for line in block.splitlines() if line.strip()]
+    inline = re.findall(
+        r"`(python (?:train\.py|-m launchers) [^`]+)`", "".join(p.read_text() for p in PAGES)
+    )
+    shown = [line for line in inline if "GROUP=OPTION" not in line and "--help" not in line]
+    return [shlex.split(line, comments=True) for line in [*lines, *shown]]
+
+
+TRAINING = sorted({tuple(c[c.index("train.py") + 1 :]) for c in commands() if "train.py" in c})
+
+
+def test_the_pages_have_commands() -> None:
+    assert len(TRAINING) >= 8
+
+
+@pytest.mark.parametrize("arguments", TRAINING, ids=" ".join)
+def test_training_command_composes_and_fits_its_signatures(arguments: tuple[str, ...]) -> None:
+    overrides = [named_seed(argument) for argument in arguments]
+    if arguments[0] == "-m":
+        ours = [override for override in overrides[1:] if not override.startswith("hydra")]
+        profile = [override for override in overrides[1:] if override.startswith("hydra")]
+        chosen = [override for override in ours if override.startswith(("experiment=", "sweep="))]
+        opened = Opened(*profile, *chosen)
+        if profile:
+            opened.cluster()
+        runs = opened.runs(*ours)
+        assert len(runs) > 1
+        overrides = runs[-1]
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf")):
+        configs.check(compose("config", overrides=overrides))
+
+
+REPORT = ["python", "-m", "mrpo_lab.report"]
+REPORTS = [c[3:] for c in commands() if c[:3] == REPORT]
+
+
+@pytest.mark.parametrize("arguments", REPORTS, ids=" ".join)
+def test_report_command_runs(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a folder with the runs and the table that the pages speak of."""
+    monkeypatch.chdir(tmp_path)
+    for weighting in ("vaw", "tsw"):
+        folder = make_run(tmp_path / "made", "synthetic", weighting=weighting)
+        copy = tmp_path / "outputs" / "quickstart" / "synthetic" / "tiny" / folder.parts[-2] / "s0"
+        copy.mkdir(parents=True)
+        for file in folder.iterdir():
+            file.rename(copy / file.name)
+    Path("theirs.csv").write_text("method,dataset,base,seed,final_test_acc\nvaw,d,mdpo,0,0.6\n")
+    monkeypatch.setattr(wandb_runs, "read_project", lambda path: [])
+    monkeypatch.setattr(time, "sleep", mock.Mock(side_effect=KeyboardInterrupt))
+    rounds, nothing = 130 if "--watch" in arguments else 0, "--from-wandb" in arguments
+    assert report.main(arguments) == (2 if nothing else rounds)
+    assert nothing or "compare" in arguments or Path("report/index.html").exists()
+
+
+def test_the_pages_have_report_commands() -> None:
+    assert len(REPORTS) >= 6
+
+
+OTHERS = [c for c in commands() if "train.py" not in c and c[:3] != REPORT]
+
+
+@pytest.mark.parametrize("command", OTHERS, ids=" ".join)
+def test_other_command_names_what_exists(command: list[str]) -> None:
+    if command[:3] == ["python", "-m", "launchers"]:
+        parser().parse_args(command[3:])
+        return
+    assert command[0] == "make", command
+    targets = re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text(), re.M)
+    assert command[1] in targets
+
+
+def test_files_that_the_pages_link_or_list_exist() -> None:
+    for page in PAGES:
+        for link in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+            assert (page.parent / link).exists(), f"{page}: {link}"
+    (layout,) = re.findall(r"^```\n(train\.py.*?)^```", PAGES[0].read_text(), re.M | re.S)
+    for name in re.findall(r"\w+(?:\.py\b|/)", layout):
+        assert any((ROOT / folder / name).exists() for folder in ("", "mrpo_lab")), name
+
+
+def test_profile_of_a_cluster_of_ones_own_is_what_its_keys_may_be() -> None:
+    (block,) = blocks("yaml")
+    own = OmegaConf.create(block)
+    assert isinstance(own, DictConfig)
+    assert own.pop("defaults") == ["slurm", "_self_"]
+    opened = Opened("hydra/launcher=slurm")
+    launcher = opened.master.hydra.launcher
+    OmegaConf.set_struct(launcher, True)
+    opened.master.hydra.launcher = OmegaConf.merge(launcher, own)
+    opened.cluster()
+
+
+class TestExtending:
+    """The examples of docs/extending.md do what the page says."""
+
+    names: dict[str, object]
+
+    @pytest.fixture(autouse=True)
+    def defined(self) -> None:
+        from dataclasses import dataclass
+
+        self.names = {
+            "torch": torch,
+            "_without_unweighted": losses._without_unweighted,
+            "Offline": Offline,
+            "Dataset": Dataset,
+            "dataclass": dataclass,
+            "read_rows": read_rows,
+        }
+        for block in blocks("python"):
+            exec(block, self.names)  # noqa: S102
+
+    def test_loss(self) -> None:
+        policy, refs = torch.randn(5, 2).double(), torch.randn(5, 3, 2).double()
+        alpha = torch.nn.functional.one_hot(torch.full((5,), 1), 3).double()
+        ours, _ = self.names["arithmetic"](policy, refs, alpha, beta=0.7, link=losses.logistic)  # type: ignore[operator]
+        theirs, _ = losses.dpo(policy, refs, alpha, beta=0.7, link=losses.logistic)
+        torch.testing.assert_close(ours, theirs)
+
+    def test_weighting(self) -> None:
+        sums = torch.tensor([[[-1.0, -2.0], [-1.0, -4.0]], [[-2.0, -1.0], [-9.0, -4.0]]]).double()
+        val = Scores(sums, torch.ones_like(sums, dtype=torch.int64))
+        context = Context(["a", "b"], val, lambda *subsets: [0.0], np.random.default_rng(0))
+        weighting = self.names["Sharpest"]()  # type: ignore[operator]
+        weighting.start(context)
+        assert weighting.proportions(val).tolist() == [[0.0, 1.0]]
+
+    def test_dataset(self, tmp_path: Path) -> None:
+        file = tmp_path / "rows.jsonl"
+        file.write_text('{"question": "q", "good": "yes", "bad": "no"}\n')
+        dataset = self.names["MyDataset"](path=str(file), train=None, val=0.1, test=0.1)  # type: ignore[operator]
+        (item,) = dataset.read()
+        assert item.replies == ("yes", "no")

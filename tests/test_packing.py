@@ -1,0 +1,224 @@
+"""Packed rows against the oracle: each reply alone, its whole logits, token by token."""
+
+import logging
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from test_scoring import CONFIGS, GROUPED, SPECIAL, build, random_model
+from transformers import (
+    AutoModelForCausalLM,
+    FalconConfig,
+    Gemma3TextConfig,
+    GptOssConfig,
+    MambaConfig,
+    Olmo2Config,
+    PreTrainedConfig,
+    Qwen3NextConfig,
+    SmolLM3Config,
+    Starcoder2Config,
+)
+from whole_logits import VOCABULARY, gradient, slow_score, weighted
+
+from mrpo_lab import attention
+from mrpo_lab.attention import How
+from mrpo_lab.chat import TokenRow
+from mrpo_lab.packing import balanced, pack, packed_tokens, shared_tokens
+from mrpo_lab.scoring import Replies, ReplyScorer
+
+CPU = torch.device("cpu")
+LINEAR: dict[str, Any] = {
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+}
+OTHERS: dict[str, PreTrainedConfig] = {
+    "olmo2": Olmo2Config(**GROUPED),
+    "smollm3": SmolLM3Config(**GROUPED),
+    "starcoder2": Starcoder2Config(**GROUPED, sliding_window=5),
+    "gemma3": Gemma3TextConfig(**GROUPED, head_dim=8, sliding_window=5, query_pre_attn_scalar=8),
+    "falcon": FalconConfig(**SPECIAL, hidden_size=32, num_hidden_layers=2, num_attention_heads=4),
+    "mamba": MambaConfig(**SPECIAL, hidden_size=32, num_hidden_layers=2, state_size=4),
+    "gpt_oss": GptOssConfig(**GROUPED, head_dim=8, sliding_window=5, num_local_experts=4),
+    "qwen3_next": Qwen3NextConfig(
+        **GROUPED, **LINEAR, head_dim=8, layer_types=["linear_attention", "full_attention"]
+    ),
+}
+ALONE = {"bloom", "falcon", "mamba", "gpt_oss", "qwen3_next"}
+"""Those that cannot be packed: biased scores, sinks, states that run through."""
+
+
+def items_of(*shapes: tuple[int, ...], seed: int = 0) -> list[Replies]:
+    """For each shape, prompt tokens and then each reply's, an item of random tokens."""
+    rng = np.random.default_rng(seed)
+    items = []
+    for start, *replies in shapes:
+        prompt = rng.integers(3, VOCABULARY, start)
+        rows = [np.concatenate([prompt, rng.integers(3, VOCABULARY, n)]) for n in replies]
+        items.append(tuple(TokenRow(ids.astype(np.int32), start) for ids in rows))
+    return items
+
+
+ITEMS = items_of((9, 4, 7), (30, 12, 1), (1, 3, 3), (6, 2, 9, 5, 1))
+
+
+def slow(model: Any, items: list[Replies]) -> torch.Tensor:
+    return torch.stack([slow_score(model, row) for item in items for row in item])
+
+
+def assert_near(found: torch.Tensor, expected: torch.Tensor) -> None:
+    """Norms in float32, as some models compute parts in it whatever their dtype."""
+    assert float((found - expected).norm()) < 1e-5 * float(expected.norm())
+
+
+@pytest.mark.parametrize("name", [*CONFIGS, *OTHERS])
+class TestEveryArchitecture:
+    """Some windows (5) are shorter than the rows."""
+
+    def model(self, name: str) -> Any:
+        if name in CONFIGS:
+            return random_model(name)
+        return build(AutoModelForCausalLM.from_config(OTHERS[name]))
+
+    def test_values_and_gradients(self, name: str, caplog: pytest.LogCaptureFixture) -> None:
+        model = self.model(name)
+        scorer = ReplyScorer(model)
+        with caplog.at_level(logging.INFO, logger="mrpo_lab.scoring"):
+            scorer.check_packing(ITEMS)
+        assert scorer.packs == (name not in ALONE)
+        said = [r.message for r in caplog.records if "so each is computed alone" in r.message]
+        assert len(said) == (name in ALONE)
+        expected = slow(model, ITEMS)
+        sums, counts = scorer.logps(ITEMS)
+        torch.testing.assert_close(sums, expected, rtol=0, atol=5e-5)
+        assert counts.tolist() == [row.reply_tokens for item in ITEMS for row in item]
+        assert_near(gradient(model, weighted(sums)), gradient(model, weighted(expected)))
+
+
+@pytest.mark.parametrize("block", [1, 4, 128])
+@pytest.mark.parametrize("window", [None, 3, 11])
+def test_blocks_and_windows_change_nothing(
+    block: int, window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "BLOCK", block)
+    config = CONFIGS["mistral"]
+    config.sliding_window = window
+    model = build(AutoModelForCausalLM.from_config(config)).double()
+    scorer = ReplyScorer(model)
+    expected = slow(model, ITEMS)
+    sums, _ = scorer.logps(ITEMS)
+    torch.testing.assert_close(sums, expected, rtol=0, atol=1e-12)
+    wanted = gradient(model, weighted(slow(model, ITEMS)))
+    assert_near(gradient(model, weighted(scorer.logps(ITEMS)[0])), wanted)
+
+
+def test_the_gradient_of_the_attention_itself() -> None:
+    """Against finite differences."""
+    layout = pack(items_of((3, 2, 2), (1, 2, 1)), CPU).layout
+    generator = torch.Generator().manual_seed(0)
+    heads = [
+        torch.randn(n, layout.tokens, 3, dtype=torch.float64, generator=generator)
+        for n in (4, 2, 2)
+    ]
+    inputs = [tensor.requires_grad_() for tensor in heads]
+    for how in (How(0.7, 2, None), How(0.7, 99, 1.5), How(0.7, 2, 0.5)):
+        assert torch.autograd.gradcheck(
+            lambda q, k, v, how=how: attention.block_attention(q, k, v, layout, how), inputs
+        )
+
+
+def test_a_reply_sees_nothing_of_others() -> None:
+    """Not a bit of its score changes with another reply's or another item's tokens."""
+    scorer = ReplyScorer(random_model("llama"))
+    with torch.no_grad():
+        sums, _ = scorer.logps(ITEMS)
+        for item in range(len(ITEMS)):
+            changed = list(ITEMS)
+            ids = ITEMS[item][0].ids.copy()
+            ids[ITEMS[item][0].start :] = 5
+            changed[item] = (TokenRow(ids, ITEMS[item][0].start), *ITEMS[item][1:])
+            other, _ = scorer.logps(changed)
+            first = sum(len(rows) for rows in ITEMS[:item])
+            assert torch.nonzero(other != sums).flatten().tolist() == [first]
+
+
+def test_prompts_that_tokenize_differently_before_their_replies() -> None:
+    """Where a reply's first characters merge with the prompt's last, rows share less than a
+    prompt, and replies begin at different places."""
+    left = TokenRow(np.array([4, 5, 6, 7, 8, 9], dtype=np.int32), 3)
+    right = TokenRow(np.array([4, 5, 9, 9, 8], dtype=np.int32), 2, prefix_broken=True)
+    early = TokenRow(np.array([4, 5, 6, 7], dtype=np.int32), 1)
+    odd: list[Replies] = [(left, right), (left, early), (left, left)]
+    assert [shared_tokens(rows) for rows in odd] == [2, 1, 3]
+    assert [packed_tokens(rows) for rows in odd] == [9, 9, 9]
+    model = random_model("qwen2")
+    sums, counts = ReplyScorer(model).logps(odd)
+    torch.testing.assert_close(sums, slow(model, odd), rtol=0, atol=2e-5)
+    assert counts.tolist() == [3, 3, 3, 3, 3, 3]
+
+
+def test_a_prompt_is_computed_once() -> None:
+    model = random_model("llama")
+    lengths: list[int] = []
+    model.model.layers[0].register_forward_hook(
+        lambda module, inputs, output: lengths.append(inputs[0].shape[1])
+    )
+    scorer = ReplyScorer(model)
+    lengths.clear()
+    scorer.score(items_of((50, 3, 4), (50, 5, 6)), 10**6)
+    assert lengths == [50 + 3 + 4 + 50 + 5 + 6]
+
+
+def test_attention_with_dropout_is_left_to_the_model(caplog: pytest.LogCaptureFixture) -> None:
+    model = random_model("gpt2")
+    scorer = ReplyScorer(model)
+    scorer.check_packing(ITEMS)
+    assert scorer.packs
+    model.train()
+    with caplog.at_level(logging.INFO, logger="mrpo_lab.scoring"):
+        noisy = [scorer.logps(ITEMS)[0] for _ in range(2)]
+    assert not scorer.packs
+    (line,) = caplog.messages
+    assert line.startswith("GPT2LMHeadModel: ")
+    assert "dropout" in line
+    assert (noisy[0] - noisy[1]).abs().min() > 0
+    model.eval()
+    torch.testing.assert_close(scorer.logps(ITEMS)[0], slow(model, ITEMS), rtol=0, atol=2e-5)
+
+
+def test_generation_and_padded_rows_use_the_models_own_attention() -> None:
+    model = random_model("qwen2")
+    ids = torch.tensor([[4, 5, 6]])
+    before = model.generate(ids, max_new_tokens=5, do_sample=False, eos_token_id=None)
+    scorer = ReplyScorer(model)
+    scorer.logps(ITEMS)
+    after = model.generate(ids, max_new_tokens=5, do_sample=False, eos_token_id=None)
+    assert after.tolist() == before.tolist()
+    rows = [row for item in ITEMS for row in item]
+    scorer.logps(ITEMS)
+    torch.testing.assert_close(scorer.padded_logps(rows)[0], slow(model, ITEMS), rtol=0, atol=2e-5)
+
+
+@given(st.lists(st.integers(1, 60), max_size=40), st.integers(1, 300))
+def test_groups_hold_every_index_once_within_the_budget(costs: list[int], budget: int) -> None:
+    groups = balanced(costs, budget)
+    assert sorted(index for group in groups for index in group) == list(range(len(costs)))
+    in_order = [costs[index] for group in groups for index in group]
+    assert in_order == sorted(costs, reverse=True)
+    sizes = [sum(costs[i] for i in group) for group in groups]
+    assert all(size <= budget or len(group) == 1 for size, group in zip(sizes, groups, strict=True))
+
+
+def test_groups_are_few_and_even() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        costs = rng.integers(20, 100, 60).tolist()
+        sizes = [sum(costs[i] for i in group) for group in balanced(costs, 700)]
+        assert len(sizes) <= -(-sum(costs) // 700) + 1
+        assert max(sizes) <= 700
