@@ -1,0 +1,1 @@
+"""Multi-reference preference optimisation of language models."""
