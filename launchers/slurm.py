@@ -245,16 +245,16 @@ def queue(outputs: Path) -> list[Live]:
     if not arrays or not shutil.which("squeue"):  # looked at from elsewhere
         return []
     owners = {str(folder.stat().st_uid) for folder in arrays.values()} | {str(os.getuid())}
-    how = ("-h", "-r", "-t", "all", "-u", ",".join(sorted(owners)), "-o", "%F|%K|%T|%j")
+    how = ("-h", "-r", "-t", "all", "-u", ",".join(sorted(owners)), "-o", "%F|%K|%T|%r|%j")
     live = []
     for line in slurm_says("squeue", *how).splitlines():
-        job, task, state, name = line.split("|", 3)
+        job, task, state, reason, name = line.split("|", 4)
         folder = arrays.get(name.rpartition(".")[2])
         if folder is not None and state in LIVE:
             index = int(task) if task.isdigit() else 0
-            live.append(
-                Live(folder, index, f"{job}_{task}" if task.isdigit() else job, LIVE[state])
-            )
+            one = f"{job}_{task}" if task.isdigit() else job
+            held = reason if "held" in reason.lower() else ""
+            live.append(Live(folder, index, one, LIVE[state], held))
     return live
 
 

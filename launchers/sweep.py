@@ -45,6 +45,8 @@ class Live:
     job: str
     state: str
     """queued, running or ending."""
+    held: str = ""
+    """Why it stays queued until someone releases it."""
 
 
 @dataclass

@@ -80,6 +80,7 @@ def status_lines(
         f"{sweep.name}: {counted(len(standings), 'run')}: {states}{eta}",
         *scoring(sweep, live),
         *under_way(standings),
+        *held(live),
         *wrong(sweep, standings),
     ]
 
@@ -112,6 +113,19 @@ def under_way(standings: Mapping[str, Standing]) -> list[str]:
         job = f" (job {standing.job})" if standing.job else ""
         lines.append(f"  running{since}{job}: {name.removeprefix(shared)}")
     return lines + ([f"  ... and {len(running) - SHOWN} more"] if len(running) > SHOWN else [])
+
+
+def held(live: Sequence[Live]) -> list[str]:
+    """Jobs that wait for a person."""
+    alike: dict[str, list[str]] = defaultdict(list)
+    for job in live:
+        if job.held:
+            alike[job.held].append(job.job)
+    return [
+        f"  {counted(len(jobs), 'job')} held ({reason}), to go on: scontrol release {jobs[0]}"
+        + (" ..." if len(jobs) > 1 else "")
+        for reason, jobs in alike.items()
+    ]
 
 
 def wrong(sweep: Sweep, standings: Mapping[str, Standing]) -> list[str]:

@@ -175,7 +175,8 @@ class Cluster:
         secret(self.root / "slurmdbd.conf", text.encode())
         self.spawn("slurmdbd", "-D")
         wait_for("accounting", 30, lambda: succeeds("sacctmgr", "-n", "list", "cluster"))
-        subprocess.run(["sacctmgr", "-i", "-Q", "add", "cluster", "throwaway"], check=True)
+        add = ["sacctmgr", "-i", "-Q", "add", "cluster", "throwaway"]
+        subprocess.run(add, stdout=subprocess.DEVNULL, check=True)
 
     def nodes_are_idle(self) -> bool:
         shown = subprocess.run(

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -90,6 +93,19 @@ class Lab:
     def held(self) -> list[Live]:
         return queue(self.outputs)
 
+    @staticmethod
+    def fail_node(node: str, job: str) -> None:
+        """As by a power cut, after which it starts again. SLURM alone would first let the job's
+        processes live, and hold the job when they outlast its new beginning."""
+        said("scontrol", "update", f"nodename={node}", "state=down", "reason=test")
+        found = said("scontrol", "show", "job", "-o", job)
+        processes = processes_of(found.partition("JobId=")[2].split()[0])
+        for process in processes:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+        until(lambda: not any(Path(f"/proc/{process}").exists() for process in processes), 20)
+        said("scontrol", "update", f"nodename={node}", "state=resume")
+
     def verb(self, *arguments: str) -> int:
         """``python -m launchers``; its exit code."""
         command = ["launchers", f"--outputs={self.outputs}", *arguments]
@@ -100,6 +116,18 @@ class Lab:
 
 def said(*command: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def processes_of(job: str) -> list[int]:
+    """SLURM's own that watch over the job's steps first."""
+    steps, others = [], []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if (folder / "cmdline").read_bytes().startswith(f"slurmstepd: [{job}.".encode()):
+                steps.append(int(folder.name))
+            elif f"SLURM_JOB_ID={job}".encode() in (folder / "environ").read_bytes().split(b"\0"):
+                others.append(int(folder.name))
+    return steps + others
 
 
 def until(done: Callable[[], bool], seconds: float = 150) -> None:

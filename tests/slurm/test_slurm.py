@@ -105,9 +105,7 @@ def test_every_disturbance_ends_like_an_undisturbed_run(
     until(lambda: steps(s2) > 3)
     said("scontrol", "requeue", lab.standings("disturbed")["s2"].job)
     until(lambda: steps(s4) > 6)
-    said("scontrol", "update", "nodename=n4", "state=down", "reason=test")
-    time.sleep(2)
-    said("scontrol", "update", "nodename=n4", "state=resume")
+    lab.fail_node("n4", lab.standings("disturbed")["s4"].job)
     assert not lab.wait("disturbed")
 
     states = {seed: standing.state for seed, standing in lab.standings("disturbed").items()}
@@ -231,7 +229,9 @@ def runs_held(lab: Lab) -> Counter[str]:
     )
 
 
-def test_250_runs_are_dispatched_in_seconds_and_in_chunks(lab: Lab) -> None:
+def test_250_runs_are_dispatched_in_seconds_and_in_chunks(
+    lab: Lab, capsys: pytest.CaptureFixture[str]
+) -> None:
     began = time.monotonic()
     out, err = driver(lab).communicate()
     first = time.monotonic() - began
@@ -253,6 +253,9 @@ def test_250_runs_are_dispatched_in_seconds_and_in_chunks(lab: Lab) -> None:
         if "%" in line
     ]
     assert sum(at_once) <= 64 + 3
+    capsys.readouterr()
+    assert lab.verb("status", "many") == 0
+    assert "251 jobs held (JobHeldUser), to go on: scontrol release " in capsys.readouterr().out
     assert lab.verb("cancel", "many") == 0
     assert not lab.held()
     print(f"\n250 runs: {first:.1f} s, again: {second:.1f} s")
