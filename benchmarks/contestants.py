@@ -17,7 +17,10 @@ import numpy as np
 import torch
 
 from benchmarks.work import BETA, LORA, Work, flops, matmul_peak, peak_gib, timed, wait
+from mrpo_lab.aspects import Labels
 from mrpo_lab.chat import Item, TokenRow
+from mrpo_lab.evaluation import Data
+from mrpo_lab.lambdas import FixedLambda
 from mrpo_lab.losses import PreferenceLoss, dpo, logistic, no_clip
 from mrpo_lab.models import DTYPES, locate
 from mrpo_lab.runs import Run
@@ -26,7 +29,7 @@ from mrpo_lab.scoring import ReplyScorer
 from mrpo_lab.seeding import Seeds
 from mrpo_lab.tracking import LocalTracker
 from mrpo_lab.train_config import TrainConfig
-from mrpo_lab.trainer import Data, Trainer
+from mrpo_lab.trainer import Trainer
 from mrpo_lab.weighting import ARWC
 from mrpo_lab.workers import Workers
 
@@ -50,6 +53,7 @@ def ours_training(work: Work, tokens: int) -> Numbers:
             Data(
                 rows=rows,
                 refs=Scores.stack([refs]),
+                labels=Labels.of_pairs(len(rows)),
                 slugs=["self"],
                 names=str,
                 fingerprint="",
@@ -62,12 +66,14 @@ def ours_training(work: Work, tokens: int) -> Numbers:
                 combine=dpo, link=logistic, clip=no_clip, beta=BETA, length_normalized=False
             ),
             ARWC(),  # of one reference: all weight is its own
+            FixedLambda(),
             lambda parameters: torch.optim.AdamW(parameters, lr=1e-4),
             Seeds(0),
             workers,
             Run(Path(folder), "bench", {}),
             LocalTracker(),
         )
+        trainer.start({})
         losses: list[float] = []
 
         def step(number: int) -> None:

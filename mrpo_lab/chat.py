@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,10 +37,12 @@ TOKENIZER_FILES = (
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """A prompt and its replies, best first: chosen, rejected."""
+    """A prompt and its replies: chosen and rejected, or any number that are rated."""
 
     prompt: tuple[Message, ...]
     replies: tuple[str, ...]
+    ratings: Mapping[str, tuple[float, ...]] = field(default_factory=dict, hash=False)
+    """Aspect to a number for each reply, NaN where missing; none of a pair, whose first is best."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,14 +24,18 @@ def explain_loss(
     row = int((~torch.isfinite(values)).nonzero()[0, 0])
     text = f"the loss of {names[row]} is {float(values[row])}"
     logps = policy.logps(loss.length_normalized)[row]
-    for reply, value in zip(("chosen", "rejected"), logps, strict=True):
+    for reply, value in zip(reply_names(len(logps)), logps, strict=True):
         if not torch.isfinite(value):
             return f"{text}: the policy's log-probability of its {reply} reply is {float(value)}"
     for k, slug in enumerate(slugs):
         terms = {
             "alpha": alpha[row, k],
-            "log-probability of the chosen reply": refs.logps(loss.length_normalized)[row, k, 0],
-            "log-probability of the rejected reply": refs.logps(loss.length_normalized)[row, k, 1],
+            **{
+                f"log-probability of the {reply} reply": value
+                for reply, value in zip(
+                    reply_names(len(logps)), refs.logps(loss.length_normalized)[row, k], strict=True
+                )
+            },
             "loss against it": loss.by_reference(policy, refs)[row, k],
         }
         for term, value in terms.items():
@@ -47,7 +51,7 @@ def explain_weights(
     row, k = (~torch.isfinite(proportions)).nonzero()[0].tolist()
     text = f"the weight of reference {slugs[k]} is {float(proportions[row, k])}"
     for name, sums in zip(names, refs.sums, strict=True):
-        for reply, value in zip(("chosen", "rejected"), sums[k], strict=True):
+        for reply, value in zip(reply_names(len(sums[k])), sums[k], strict=True):
             if not torch.isfinite(value):
                 return f"{text}: its log-probability of the {reply} reply of {name} is {value}"
     return text
@@ -78,3 +82,8 @@ def explain_gradient(
                     f"{float(by_reference[worst]):.4g}, against reference {slugs[worst]}"
                 )
     return "the gradient is not finite, though that of each pair alone is"
+
+
+def reply_names(replies: int) -> list[str]:
+    """What messages call the replies to a prompt."""
+    return ["chosen", "rejected"] if replies == 2 else [f"{i + 1}th" for i in range(replies)]

@@ -1,8 +1,14 @@
 """Files that many processes read and write."""
 
+from __future__ import annotations
+
 import os
 import uuid
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -10,3 +16,13 @@ def write_whole(path: Path, content: bytes) -> None:
     draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     draft.write_bytes(content)
     os.replace(draft, path)
+
+
+def write_parquet(path: Path, table: pa.Table) -> None:
+    """The same of a table."""
+    import pyarrow as pa  # not before it is needed: whoever dispatches runs needs none
+    import pyarrow.parquet as pq
+
+    buffer = pa.BufferOutputStream()
+    pq.write_table(table, buffer)
+    write_whole(path, buffer.getvalue().to_pybytes())

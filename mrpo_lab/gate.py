@@ -47,10 +47,11 @@ def check_scoring(
     dtype: str,
 ) -> list[Finding]:
     """Score a few pairs alone, and in one batch padded left and right; compare with a guess."""
-    flat = [row for item in rows[:SAMPLE] for row in item]
+    pairs = [item[:2] for item in rows[:SAMPLE]]
+    flat = [row for pair in pairs for row in pair]
     with torch.no_grad():
         alone = torch.stack([scorer.padded_logps([row])[0][0] for row in flat])
-        together, counts = scorer.logps(rows[:SAMPLE])
+        together, counts = scorer.logps(pairs)
         left, _ = scorer.padded_logps(flat, "left")
     findings = []
     for how, sums in (("in one batch", together), ("in a batch padded on the left", left)):
@@ -81,15 +82,15 @@ def check_guess(slug: str, scores: Scores, vocabulary: int) -> list[Finding]:
     ]
 
 
-def check_outliers(scores: Mapping[str, Scores], characters: np.ndarray) -> list[Finding]:
+def check_outliers(scores: Mapping[str, Scores], characters: int) -> list[Finding]:
     """No reference's mean |margin| or nats per character is far beyond the others'.
 
-    ``characters``: (N, R) lengths of the replies, since tokenizers cut texts differently.
+    ``characters``: of all replies, since tokenizers cut texts differently.
     """
     if len(scores) < 3:
         return []
     findings = []
-    per_character = {s: float(-t.sums.sum()) / characters.sum() for s, t in scores.items()}
+    per_character = {s: float(-t.sums.sum()) / characters for s, t in scores.items()}
     margins = {slug: float(table.margins().abs().mean()) for slug, table in scores.items()}
     for what, values in (("nats per character", per_character), ("mean |margin|", margins)):
         for slug, value in values.items():

@@ -5,8 +5,9 @@ Units: log-probabilities in nats, per token or per reply, alike for policy and r
 
 Three choices are independent. A *combination* (dpo, mdpo, mrpo, geometric) says how K references
 enter the implicit rewards r = beta (log pi - log pi_ref). A *link* (logistic, robust, ipo, hinge)
-turns rewards into a loss. A *clip* (no_clip, ctro) confines references to a trust region. The index
-0 on axis K is the anchor: the policy's own initial model.
+turns rewards into a loss; *listwise* does it for any number of replies. A *clip* (no_clip, ctro)
+confines references to a trust region. The index 0 on axis K is the anchor: the policy's own initial
+model.
 """
 
 from __future__ import annotations
@@ -25,7 +26,16 @@ from mrpo_lab.scores import Scores
 
 @runtime_checkable
 class Link(Protocol):
-    """Rewards of the R replies in, one loss per prompt out."""
+    """Rewards of the R replies and how much each is preferred in, one loss per prompt out."""
+
+    def __call__(
+        self, rewards: Float[Tensor, "*n R"], target: Float[Tensor, "*#n R"], *, beta: float
+    ) -> Float[Tensor, "*n"]: ...
+
+
+@runtime_checkable
+class Linked(Protocol):
+    """A link that has been told what is preferred."""
 
     def __call__(self, rewards: Float[Tensor, "*n R"], *, beta: float) -> Float[Tensor, "*n"]: ...
 
@@ -41,7 +51,7 @@ class Combination(Protocol):
         alpha: Float[Tensor, "B K"],
         *,
         beta: float,
-        link: Link,
+        link: Linked,
     ) -> tuple[Float[Tensor, " B"], Float[Tensor, "B R"]]: ...
 
 
@@ -54,7 +64,7 @@ def dpo(
     alpha: Float[Tensor, "B K"],
     *,
     beta: float,
-    link: Link,
+    link: Linked,
 ) -> tuple[Float[Tensor, " B"], Float[Tensor, "B R"]]:
     """DPO against one reference (Rafailov et al. 2023, eq. 7): the one of largest alpha.
 
@@ -72,7 +82,7 @@ def mdpo(
     alpha: Float[Tensor, "B K"],
     *,
     beta: float,
-    link: Link,
+    link: Linked,
 ) -> tuple[Float[Tensor, " B"], Float[Tensor, "B R"]]:
     """Weighted sum of the K single-reference losses (Le et al. 2025, Multi-DPO)."""
     refs = _without_unweighted(refs, alpha)
@@ -87,7 +97,7 @@ def mrpo(
     alpha: Float[Tensor, "B K"],
     *,
     beta: float,
-    link: Link,
+    link: Linked,
 ) -> tuple[Float[Tensor, " B"], Float[Tensor, "B R"]]:
     r"""DPO against the weighted harmonic mean of the references (Le et al. 2025, MRPO).
 
@@ -107,7 +117,7 @@ def geometric(
     alpha: Float[Tensor, "B K"],
     *,
     beta: float,
-    link: Link,
+    link: Linked,
 ) -> tuple[Float[Tensor, " B"], Float[Tensor, "B R"]]:
     """DPO against the geometric mixture of the references (Aminian et al. 2025).
 
@@ -130,34 +140,66 @@ def _check_flips(name: str, probability: float) -> None:
         raise ValueError(f"{name} must be at least 0 and below 0.5, got {probability}")
 
 
+def _z(rewards: Float[Tensor, "*n R"], target: Float[Tensor, "*#n R"]) -> Float[Tensor, "*n"]:
+    """Reward of the preferred reply minus that of the other."""
+    if rewards.shape[-1] != 2:
+        raise ValueError(
+            f"this link is for pairs, not for lists of {rewards.shape[-1]} replies: choose "
+            "loss/link=listwise, or read the lists as pairs, dataset.pairs=best_worst"
+        )
+    return (rewards[..., 0] - rewards[..., 1]) * torch.sign(target[..., 0] - target[..., 1])
+
+
 def logistic(
-    rewards: Float[Tensor, "*n 2"], *, beta: float, label_smoothing: float = 0.0
+    rewards: Float[Tensor, "*n R"],
+    target: Float[Tensor, "*#n R"],
+    *,
+    beta: float,
+    label_smoothing: float = 0.0,
 ) -> Float[Tensor, "*n"]:
     """-log sigmoid(z), z = r_chosen - r_rejected; smoothed by epsilon (cDPO, Mitchell 2023)."""
     _check_flips("label_smoothing", label_smoothing)
-    z = rewards[..., 0] - rewards[..., 1]
+    z = _z(rewards, target)
     return -(1 - label_smoothing) * F.logsigmoid(z) - label_smoothing * F.logsigmoid(-z)
 
 
 def robust(
-    rewards: Float[Tensor, "*n 2"], *, beta: float, label_flip: float = 0.1
+    rewards: Float[Tensor, "*n R"],
+    target: Float[Tensor, "*#n R"],
+    *,
+    beta: float,
+    label_flip: float = 0.1,
 ) -> Float[Tensor, "*n"]:
     """Unbiased under labels flipped with probability epsilon < 1/2 (Chowdhury et al. 2024)."""
     _check_flips("label_flip", label_flip)
-    z = rewards[..., 0] - rewards[..., 1]
+    z = _z(rewards, target)
     observed, flipped = -F.logsigmoid(z), -F.logsigmoid(-z)
     return ((1 - label_flip) * observed - label_flip * flipped) / (1 - 2 * label_flip)
 
 
-def ipo(rewards: Float[Tensor, "*n 2"], *, beta: float) -> Float[Tensor, "*n"]:
+def ipo(
+    rewards: Float[Tensor, "*n R"], target: Float[Tensor, "*#n R"], *, beta: float
+) -> Float[Tensor, "*n"]:
     """(z / beta - 1 / (2 beta))^2 (Azar et al. 2023): beta is the temperature tau there."""
-    z = rewards[..., 0] - rewards[..., 1]
-    return (z / beta - 1 / (2 * beta)).square()
+    return (_z(rewards, target) / beta - 1 / (2 * beta)).square()
 
 
-def hinge(rewards: Float[Tensor, "*n 2"], *, beta: float) -> Float[Tensor, "*n"]:
+def hinge(
+    rewards: Float[Tensor, "*n R"], target: Float[Tensor, "*#n R"], *, beta: float
+) -> Float[Tensor, "*n"]:
     """max(0, 1 - z) (SLiC, Zhao et al. 2023)."""
-    return F.relu(1 - (rewards[..., 0] - rewards[..., 1]))
+    return F.relu(1 - _z(rewards, target))
+
+
+def listwise(
+    rewards: Float[Tensor, "*n R"], target: Float[Tensor, "*#n R"], *, beta: float
+) -> Float[Tensor, "*n"]:
+    r"""Cross-entropy :math:`-\sum_i p^*_i \log\mathrm{softmax}_i(r)` (lambda-DPO, 2506.19780).
+
+    A reward of -inf takes its reply out. For a pair with target (1, 0) it is ``logistic``.
+    """
+    terms = target * rewards.log_softmax(-1)
+    return -terms.where(target > 0, 0.0).sum(-1)
 
 
 def no_clip(refs: Float[Tensor, "B K R"]) -> Float[Tensor, "B K R"]:
@@ -208,34 +250,56 @@ class PreferenceLoss:
         if not self.beta > 0:
             raise ValueError(f"beta must be greater than 0, got {self.beta}")
         # Neither a pair nor a model is needed to refuse the clip's and the link's own numbers.
-        self.link(self.clip(torch.zeros(0, 1, 2)), beta=self.beta)
+        self.check(2)
+
+    def check(self, replies: int) -> None:
+        """Refuse, with a ValueError, lists of a length that the link cannot take."""
+        none = torch.zeros(0, 1, replies)
+        self.link(self.clip(none), none, beta=self.beta)
+
+    def linked(self, labels: Scores) -> Linked:
+        """The link of prompts with these labels, for rewards (B, R) or (B, K, R)."""
+        target, absent = labels.labels, ~labels.present
+
+        def link(rewards: Float[Tensor, "*n R"], *, beta: float) -> Float[Tensor, "*n"]:
+            p, out = (target, absent) if rewards.ndim == 2 else (target[:, None], absent[:, None])
+            return self.link(rewards.masked_fill(out, -torch.inf), p, beta=beta)
+
+        return link
 
     def __call__(self, policy: Scores, refs: Scores, alpha: Float[Tensor, "B K"]) -> LossOutput:
-        """Loss (nats for the logistic link) of policy scores (B, R) against refs (B, K, R)."""
+        """Loss (nats for the logistic link) of policy scores (B, R) against refs (B, K, R), whose
+        labels count."""
         loss, rewards = self.combine(
             policy.logps(self.length_normalized),
             self.clip(refs.logps(self.length_normalized)),
             alpha,
             beta=self.beta,
-            link=self.link,
+            link=self.linked(refs),
         )
         return LossOutput(loss, rewards)
 
     def by_reference(self, policy: Scores, refs: Scores) -> Float[Tensor, "B K"]:
         """The single-reference loss against each reference, unclipped."""
         logps = policy.logps(self.length_normalized).unsqueeze(1)
-        return self.link(self.beta * (logps - refs.logps(self.length_normalized)), beta=self.beta)
+        rewards = self.beta * (logps - refs.logps(self.length_normalized))
+        return self.linked(refs)(rewards, beta=self.beta)
 
     def pair_weights(
         self, policy: Scores, refs: Scores, alpha: Float[Tensor, "B K"]
     ) -> Float[Tensor, " B"]:
-        """w = |dL/d d_policy| / beta: all that the references decide about a pair's gradient."""
+        """w = |dL/d d_policy| / beta: all that the references decide about a pair's gradient.
+
+        Of a list, sum_i |dL/dl_i| / (2 beta): under the listwise link the total variation distance
+        between softmax(r) and the target.
+        """
         with torch.enable_grad():
             logps = policy.logps(self.length_normalized).detach().requires_grad_()
             clipped = self.clip(refs.logps(self.length_normalized))
-            loss, _ = self.combine(logps, clipped, alpha, beta=self.beta, link=self.link)
+            link = self.linked(refs)
+            loss, _ = self.combine(logps, clipped, alpha, beta=self.beta, link=link)
             (grad,) = torch.autograd.grad(loss.sum(), logps)
-        return grad[:, 0].abs() / self.beta
+        return grad.abs().sum(-1) / (2 * self.beta)
 
 
 def effective_sample_size(weights: Float[Tensor, " B"]) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import resource
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -15,21 +15,26 @@ import torch
 from omegaconf import DictConfig
 
 from mrpo_lab import configs
-from mrpo_lab.chat import Item
+from mrpo_lab.aspects import conditioned
+from mrpo_lab.chat import Item, Message
 from mrpo_lab.data import Dataset, Prepared
 from mrpo_lab.data.dataset import describe
 from mrpo_lab.errors import UserError
+from mrpo_lab.evaluation import Data
 from mrpo_lab.hub import NotAtHandError, missing
 from mrpo_lab.interruption import Interruption
+from mrpo_lab.lambdas import LambdaSampler
 from mrpo_lab.losses import PreferenceLoss
 from mrpo_lab.policy import PolicyConfig
 from mrpo_lab.references import ReferenceSet
 from mrpo_lab.runs import Run
+from mrpo_lab.scoring import Replies
 from mrpo_lab.seeding import Seeds
 from mrpo_lab.summary import summary
 from mrpo_lab.tracking import LocalTracker, Tracker
+from mrpo_lab.trade_off import hypervolumes
 from mrpo_lab.train_config import TrainConfig
-from mrpo_lab.trainer import Data, Trainer
+from mrpo_lab.trainer import Trainer
 from mrpo_lab.weighting import Weighting
 from mrpo_lab.workers import Workers
 
@@ -88,6 +93,7 @@ class Experiment:
     model: PolicyConfig
     loss: PreferenceLoss
     weighting: Weighting
+    sampler: LambdaSampler
     optimizer: Callable[..., torch.optim.Optimizer]
     tracker: Tracker
     workers: Workers
@@ -109,6 +115,7 @@ class Experiment:
             model=configs.build(cfg, "model"),
             loss=configs.build(cfg, "loss"),
             weighting=configs.build(cfg, "weighting"),
+            sampler=configs.build(cfg, "lambda"),
             optimizer=configs.build(cfg, "optimizer"),
             tracker=configs.build(cfg, "tracker") if workers.is_main else LocalTracker(),
             workers=workers,
@@ -131,6 +138,7 @@ class Experiment:
             data,
             self.loss,
             self.weighting,
+            self.sampler,
             self.optimizer,
             self.seeds,
             self.workers,
@@ -138,7 +146,7 @@ class Experiment:
             self.tracker,
             interruption,
         )
-        prompts = [prepared.items[i].prompt for i in data.test[: self.config.samples]]
+        prompts = [self.prompt(prepared, i) for i in data.test[: self.config.samples]]
         before = policy.generate(prompts, self.config.sample_tokens)
         trainer.start(resolved)
         try:
@@ -147,8 +155,10 @@ class Experiment:
             trainer.fail(error)
             raise
         after = policy.generate(prompts, self.config.sample_tokens)
+        trade_off = [*trainer.state.base_trade_off, *trainer.trade_off("trained")]
         result = {
             **trainer.result(),
+            **({"hypervolume": hypervolumes(trade_off, "pairwise")} if trade_off else {}),
             "counts": prepared.counts,
             "gate": [asdict(finding) for finding in self.references.findings],
             "setup_seconds": round(time.monotonic() - began - trainer.state.seconds, 3),
@@ -158,8 +168,15 @@ class Experiment:
                 for prompt, b, a in zip(prompts, before, after, strict=True)
             ],
         }
-        trainer.finish(result)
+        trainer.finish(result, trade_off)
         return result
+
+    def prompt(self, prepared: Prepared, item: int) -> tuple[Message, ...]:
+        """What the policy is asked, told the mean lambda if it is told any."""
+        prompt, aspects = prepared.items[item].prompt, prepared.labels.aspects
+        if not self.sampler.condition:
+            return prompt
+        return conditioned(prompt, aspects, self.sampler.centre(aspects).tolist())
 
     def prepare(self) -> Prepared:
         """The pairs, filtered by the tokenizers of all references and of the policy."""
@@ -179,21 +196,35 @@ class Experiment:
         )
         if self.workers.is_main:
             logger.info("data: %s", describe(prepared.counts))
-        try:
-            self.weighting.check(self.references.slugs, len(prepared.splits["val"]))
-        except ValueError as error:
-            raise UserError(f"weighting: {error}") from error
+        self.check(prepared)
         return prepared
+
+    def check(self, prepared: Prepared) -> None:
+        """Refuse what does not fit the data before any model is loaded."""
+        num_val, labels = len(prepared.splits["val"]), prepared.labels
+        with named("weighting"):
+            self.weighting.check(self.references.slugs, num_val)
+        with named("lambda"):
+            self.sampler.check(labels.aspects, num_val)
+        with named("loss.link"):
+            self.loss.check(labels.targets.shape[-1])
 
     def data(self, prepared: Prepared) -> Data:
         """Reference scores from the store, filled first where needed, and the policy's tokens."""
         items, device = prepared.items, self.workers.device
         refs = self.workers.main_first(lambda: self.references.scores(items, prepared.ids, device))
-        rows = [row for row in self.model.tokenization.rows(items) if row is not None]
-        assert len(rows) == len(items), "unrenderable pairs were filtered"
+        rows = self.rows(items)
+        aspects = prepared.labels.aspects
+
+        def told(chosen: Sequence[int], weights: list[float]) -> list[Replies]:
+            asked = ((items[i], conditioned(items[i].prompt, aspects, weights)) for i in chosen)
+            return self.rows([replace(item, prompt=prompt) for item, prompt in asked])
+
         return Data(
             rows=rows,
+            told=told if self.sampler.condition else None,
             refs=refs,
+            labels=prepared.labels,
             slugs=self.references.slugs,
             train=prepared.splits["train"],
             val=prepared.splits["val"],
@@ -202,6 +233,22 @@ class Experiment:
             names=lambda i: f"pair {i} of the pool ({items[i].prompt[-1]['content'][:60]!r})",
             fingerprint=prepared.fingerprint(),
         )
+
+    def rows(self, items: Sequence[Item]) -> list[Replies]:
+        """The policy's tokens."""
+        rows = [row for row in self.model.tokenization.rows(items) if row is not None]
+        if len(rows) < len(items):  # as it is, every prompt has passed the filters
+            raise UserError("lambda.condition: the policy's template refuses a system message")
+        return rows
+
+
+@contextmanager
+def named(section: str) -> Iterator[None]:
+    """Say where in the configuration a value that does not fit is."""
+    try:
+        yield
+    except ValueError as error:
+        raise UserError(f"{section}: {error}") from error
 
 
 @contextmanager

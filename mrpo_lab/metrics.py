@@ -24,17 +24,19 @@ def batch_metrics(
     """Means over the batch before its step; policy (B, R), refs (B, K, R)."""
     output = loss(policy, refs, alpha)
     rewards, logps = output.rewards, policy.logps(loss.length_normalized)
+    margins = (refs.contrast * rewards).sum(-1)
+    chosen, rejected = sides(refs)
     weights = loss.pair_weights(policy, refs, alpha)
     by_reference = loss.by_reference(policy, refs).mean(0)
     return {
         "train/loss": float(output.loss.mean()),
-        "train/accuracy_before": float(policy.accuracy()),
-        "rewards/chosen": float(rewards[:, 0].mean()),
-        "rewards/rejected": float(rewards[:, 1].mean()),
-        "rewards/margins": float((rewards[:, 0] - rewards[:, 1]).mean()),
-        "rewards/accuracies": float((rewards[:, 0] > rewards[:, 1]).double().mean()),
-        "logps/chosen": float(logps[:, 0].mean()),
-        "logps/rejected": float(logps[:, 1].mean()),
+        "train/accuracy_before": float(policy.labelled(refs.labels).accuracy()),
+        "rewards/chosen": float((chosen * rewards).sum(-1).mean()),
+        "rewards/rejected": float((rejected * rewards).sum(-1).mean()),
+        "rewards/margins": float(margins.mean()),
+        "rewards/accuracies": float((margins > 0).double().mean()),
+        "logps/chosen": float((chosen * logps).sum(-1).mean()),
+        "logps/rejected": float((rejected * logps).sum(-1).mean()),
         "pair_weight/mean": float(weights.mean()),
         "pair_weight/cv": float(weights.std(correction=0) / weights.mean()),
         "pair_weight/ess": effective_sample_size(weights),
@@ -42,3 +44,14 @@ def batch_metrics(
         **{f"loss_by_reference/{s}": float(v) for s, v in zip(slugs, by_reference, strict=True)},
         **{f"alpha/{s}": float(v) for s, v in zip(slugs, alpha.mean(0), strict=True)},
     }
+
+
+def sides(labels: Scores) -> tuple[Float[Tensor, "B R"], Float[Tensor, "B R"]]:
+    """Weights of the replies that are preferred and of those that are not, each summing to 1:
+    (1, 0) and (0, 1) of a pair. Where nothing is preferred all replies are on both sides."""
+    contrast, present = labels.contrast, labels.present
+    tied = (contrast == 0).all(-1, keepdim=True)
+    chosen, rejected = (
+        torch.where(tied, present.to(contrast), side.clamp(min=0)) for side in (contrast, -contrast)
+    )
+    return chosen / chosen.sum(-1, keepdim=True), rejected / rejected.sum(-1, keepdim=True)

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mrpo_lab.files import write_parquet
 from mrpo_lab.losses import PreferenceLoss
 from mrpo_lab.scores import Scores
 
@@ -44,7 +43,8 @@ def write_test_pairs(
     """A row a test pair. Margins are in nats per token; ``tokens`` is chosen minus rejected reply;
     ``weight`` that of ``reference_weights`` under the trained policy.
 
-    ``ids``: (N, R); ``refs``: (N, K, R); ``before``, ``after``: the policy's scores (N, R).
+    ``ids``: (N, R); ``refs``: (N, K, R); ``before``, ``after``: the policy's scores (N, R), all
+    with the same labels. Of a list, ``tokens`` is weighted as its margin is.
     """
     columns: dict[str, object] = {
         "pair": pair_names(ids),
@@ -52,11 +52,9 @@ def write_test_pairs(
         "margin": after.margins().numpy(),
     }
     margins, weights = refs.margins(), reference_weights(loss, after, refs)
-    tokens = refs.counts[..., 0] - refs.counts[..., 1]
+    tokens = (refs.contrast.unsqueeze(1) * refs.counts).sum(-1)
     for k, slug in enumerate(slugs):
         columns[f"margin/{slug}"] = margins[:, k].numpy()
         columns[f"weight/{slug}"] = weights[:, k].numpy()
         columns[f"tokens/{slug}"] = tokens[:, k].numpy()
-    draft = path.with_name(f".{path.name}.tmp")
-    pq.write_table(pa.table(columns), draft)
-    os.replace(draft, path)
+    write_parquet(path, pa.table(columns))

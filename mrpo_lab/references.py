@@ -129,7 +129,7 @@ class ReferenceSet:
             UserError: a check of the gate failed and ``gate`` is stop.
         """
         tables = {r.slug: self._table(r, items, ids, device) for r in self.members}
-        characters = np.array([[max(1, len(reply)) for reply in item.replies] for item in items])
+        characters = sum(max(1, len(reply)) for item in items for reply in item.replies)
         self._report(check_outliers(tables, characters))
         return Scores.stack(list(tables.values()))
 
@@ -180,9 +180,8 @@ class ReferenceSet:
         with progress(replies, f"scoring {reference.slug}", "reply") as bar:
             for part in np.split(by_length, range(SHARD_ROWS, len(rows), SHARD_ROWS)):
                 scores = scorer.score([rows[i] for i in part], self.token_budget, bar.update)
-                table.append(
-                    ids[part], {"sums": scores.sums.numpy(), "counts": scores.counts.numpy()}
-                )
+                columns = {"sums": scores.sums.numpy(), "counts": scores.counts.numpy()}
+                table.append(ids[part][:, : scores.sums.shape[1]], columns)
         del model, scorer
         gc.collect()
         if device.type == "cuda":

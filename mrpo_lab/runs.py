@@ -24,7 +24,7 @@ import yaml
 from filelock import FileLock, Timeout
 
 from mrpo_lab.errors import UserError
-from mrpo_lab.files import write_whole
+from mrpo_lab.files import write_parquet, write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +33,7 @@ CELL = {
     "loss/link": "logistic",
     "loss/clip": "none",
     "weighting": "",
+    "lambda": "fixed",
     "reference_set": "",
 }
 """Groups that one part of a run's name is made of, with the options that go without saying."""
@@ -187,14 +188,11 @@ class Run:
     def write_alpha(self, slugs: Sequence[str]) -> None:
         """``alpha.parquet``: a row a step, a column a reference."""
         import pyarrow as pa
-        import pyarrow.parquet as pq
 
         lines = [line for line in self.metrics() if f"alpha/{slugs[0]}" in line]
         columns = {"step": [int(line["step"]) for line in lines]}
         table = pa.table(columns | {s: [line[f"alpha/{s}"] for line in lines] for s in slugs})
-        draft = self.folder / ".alpha.parquet.tmp"
-        pq.write_table(table, draft)
-        os.replace(draft, self.folder / "alpha.parquet")
+        write_parquet(self.folder / "alpha.parquet", table)
 
     def finish(self, result: Mapping[str, Any]) -> None:
         """Record the outcome; ``status: finished`` is what marks a run as done."""

@@ -19,7 +19,7 @@ from mrpo_lab import attention
 from mrpo_lab.chat import TokenRow, first_line
 from mrpo_lab.head import Head, log_softmax_at, widened
 from mrpo_lab.packing import balanced, pack, packed_tokens
-from mrpo_lab.scores import Scores
+from mrpo_lab.scores import Scores, per_prompt
 
 Side = Literal["left", "right"]
 Replies = tuple[TokenRow, ...]
@@ -158,18 +158,19 @@ class ReplyScorer:
         token_budget: int,
         advance: Callable[[int], object] = lambda replies: None,
     ) -> Scores:
-        """Scores (N, R) on the CPU without gradients, in batches of at most ``token_budget``
-        tokens. ``advance`` hears how many replies each batch had."""
-        replies = len(items[0]) if items else 0
-        sums = torch.zeros(len(items), replies, dtype=torch.float64)
-        counts = torch.zeros(len(items), replies, dtype=torch.int64)
+        """Scores (N, R) on the CPU without gradients, R the longest item's replies, in batches of
+        at most ``token_budget`` tokens. ``advance`` hears how many replies each batch had."""
+        width = max(map(len, items), default=0)
+        sums = torch.zeros(len(items), width, dtype=torch.float64)
+        counts = torch.zeros(len(items), width, dtype=torch.int64)
         training = self.model.training
         self.model.eval()
         for chosen in balanced([self.cost(item) for item in items], token_budget):
             found, number = self.logps([items[i] for i in chosen])
-            sums[chosen] = found.cpu().view(-1, replies)
-            counts[chosen] = number.cpu().view(-1, replies)
-            advance(len(chosen) * replies)
+            replies = [len(items[i]) for i in chosen]
+            sums[chosen] = per_prompt(found.cpu(), replies, width)
+            counts[chosen] = per_prompt(number.cpu(), replies, width)
+            advance(sum(replies))
         self.model.train(training)
         return Scores(sums, counts)
 

@@ -34,10 +34,14 @@ if TYPE_CHECKING:  # it imports transformers, and whoever dispatches runs needs 
 logger = logging.getLogger(__name__)
 
 ID = np.dtype("S16")
+NONE = b""
+"""In place of the id of a reply that a shorter list does not have: its numbers are 0."""
 
 
 def reply_ids(items: Sequence[Item]) -> np.ndarray:
-    """(N, R) ids, each the 16-byte hash of a prompt and one reply to it."""
+    """(N, R) ids, each the 16-byte hash of a prompt and one reply to it; ``NONE`` where an item
+    has fewer than R replies."""
+    width = max((len(item.replies) for item in items), default=0)
     ids = []
     for item in items:
         turns = json.dumps([[m["role"], m["content"]] for m in item.prompt])
@@ -45,6 +49,7 @@ def reply_ids(items: Sequence[Item]) -> np.ndarray:
         for reply in item.replies:
             content = prompt + reply.encode(errors="surrogatepass")
             ids.append(hashlib.blake2b(content, digest_size=ID.itemsize).digest())
+        ids += [NONE] * (width - len(item.replies))
     return np.array(ids, dtype=ID).reshape(len(items), -1)
 
 
@@ -77,7 +82,8 @@ class Table:
         return cls(folder, columns)
 
     def read(self, ids: np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray]:
-        """(column name to numbers, found) for ``ids`` of any shape; 0 where not found.
+        """(column name to numbers, found) for ``ids`` of any shape; 0 where not found. ``NONE``
+        counts as found.
 
         Raises:
             UserError: a shard is truncated or holds numbers that are not finite.
@@ -90,7 +96,7 @@ class Table:
         values = {name: np.zeros(ids.shape, dtype=dtype) for name, dtype in self.columns.items()}
         for name, column in values.items():
             column.reshape(-1)[found] = stored[name][order[place[found]]]
-        return values, found.reshape(ids.shape)
+        return values, found.reshape(ids.shape) | (ids == NONE)
 
     def append(self, ids: np.ndarray, values: Mapping[str, np.ndarray]) -> None:
         """Add rows as one shard. A row already there may be added again and stays as it is.
@@ -101,10 +107,11 @@ class Table:
         for name in self.columns:
             if not np.isfinite(values[name]).all():
                 raise UserError(f"{self.folder}: {name} not finite: try dtype=bfloat16 or float32")
-        raw = np.frombuffer(np.ascontiguousarray(ids).tobytes(), dtype=np.uint8)
+        there = ids != NONE
+        raw = np.frombuffer(ids[there].tobytes(), dtype=np.uint8)
         shard = {"id": raw.reshape(-1, ID.itemsize)}
         for name, dtype in self.columns.items():
-            shard[name] = np.ascontiguousarray(values[name].reshape(-1), dtype=dtype)
+            shard[name] = np.ascontiguousarray(values[name][there], dtype=dtype)
         name = f"{time.time_ns():020}-{uuid.uuid4().hex}.safetensors"  # sorts by age
         write_whole(self.folder / name, save(shard))
 

@@ -1,6 +1,7 @@
 """The numbers of the training loop: what is asked of it, and what must survive a restart."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
@@ -71,5 +72,7 @@ class LoopState:
     """Fields of the base model's ``Scores`` of the test pairs."""
     latest_test: dict[str, Tensor] = field(default_factory=dict)
     """The same at the last evaluation."""
+    base_trade_off: list[dict[str, Any]] = field(default_factory=list)
+    """Of lists: how the base model ranks the test lists under each lambda."""
     undecided: int = 0
     """Pairs for which the weighting had no opinion."""

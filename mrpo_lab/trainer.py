@@ -6,7 +6,7 @@ import logging
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 from transformers import get_scheduler
 
-from mrpo_lab.chat import TokenRow
 from mrpo_lab.checkpoint import load_state, save_state
 from mrpo_lab.diagnosis import explain_gradient, explain_loss, explain_weights
 from mrpo_lab.errors import UserError
+from mrpo_lab.evaluation import Data, Evaluation
 from mrpo_lab.interruption import Interruption
+from mrpo_lab.lambdas import LambdaContext, LambdaSampler
 from mrpo_lab.losses import PreferenceLoss
 from mrpo_lab.metrics import batch_metrics
 from mrpo_lab.packing import balanced
@@ -27,32 +28,16 @@ from mrpo_lab.pairs import write_test_pairs
 from mrpo_lab.policy import Policy
 from mrpo_lab.progress import progress
 from mrpo_lab.runs import Run
-from mrpo_lab.scores import Known, Scores
+from mrpo_lab.scores import Scores, per_prompt
+from mrpo_lab.scoring import Replies
 from mrpo_lab.seeding import Seeds
 from mrpo_lab.tracking import Tracker
+from mrpo_lab.trade_off import write_trade_off
 from mrpo_lab.train_config import LoopState, TrainConfig
 from mrpo_lab.weighting import Context, Weighting, to_simplex
 from mrpo_lab.workers import Workers
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Data:
-    """What the loop is given: rows of the policy's tokens and reference scores, by pool index."""
-
-    rows: Sequence[tuple[TokenRow, ...]]
-    refs: Scores
-    """(N, K, R) on the CPU, float64 sums."""
-    slugs: list[str]
-    train: np.ndarray
-    val: np.ndarray
-    test: np.ndarray
-    ids: np.ndarray
-    """(N, R) reply ids."""
-    names: Callable[[int], str]
-    """How to call a pair in a message."""
-    fingerprint: str
 
 
 class Trainer:
@@ -65,6 +50,7 @@ class Trainer:
         data: Data,
         loss: PreferenceLoss,
         weighting: Weighting,
+        sampler: LambdaSampler,
         optimizer: Callable[..., torch.optim.Optimizer],
         seeds: Seeds,
         workers: Workers,
@@ -74,7 +60,7 @@ class Trainer:
     ) -> None:
         self.interruption = interruption or Interruption()
         self.config, self.policy, self.data = config, policy, data
-        self.loss, self.weighting, self.seeds = loss, weighting, seeds
+        self.loss, self.weighting, self.sampler, self.seeds = loss, weighting, sampler, seeds
         self.run, self.tracker, self.workers = run, tracker, workers
         self.optimizer = optimizer(list(policy.trainable.values()))
         self.steps_per_epoch = -(-len(data.train) // config.batch_size)
@@ -88,7 +74,8 @@ class Trainer:
         marks = np.linspace(0, self.total_steps, config.evaluations + 1)[1:].round().astype(int)
         self.evaluation_steps = {*marks.tolist(), self.total_steps}
         self.state = LoopState(alpha_sum=[0.0] * len(data.slugs))
-        self.known = Known.none(len(data.rows), data.refs.sums.shape[-1])
+        centre = sampler.centre(data.labels.aspects)
+        self.evaluation = Evaluation(policy, data, loss, workers, config.token_budget, centre)
         policy.scorer.check_packing(data.rows)
 
     @property
@@ -100,9 +87,17 @@ class Trainer:
         self.weighting.start(
             Context(
                 slugs=self.data.slugs,
-                val=self.data.refs[self.data.val.tolist()],
-                probe=self.probe,
+                val=self.data.references(self.data.val.tolist(), self.evaluation.centre),
+                probe=self.evaluation.probe,
                 rng=self.seeds.rng("weighting"),
+            )
+        )
+        self.sampler.start(
+            LambdaContext(
+                aspects=self.data.labels.aspects,
+                rng=self.seeds.rng("lambda"),
+                probe_loss=lambda subset: self.evaluation.probe_loss(subset, self.mean_alpha),
+                num_val=len(self.data.val),
             )
         )
         self.restore()
@@ -130,6 +125,7 @@ class Trainer:
                     f"base/{k.replace('/', '_')}": v for k, v in self.state.latest.items()
                 }
                 self.state.base_test = self.state.latest_test
+                self.state.base_trade_off = self.trade_off("base")
                 self.record(self.state.latest)
             while self.state.step < self.total_steps:
                 metrics = self.train_step(self.batch(self.state.step))
@@ -164,54 +160,67 @@ class Trainer:
         """One optimizer step on the global batch ``pairs``."""
         began = time.monotonic()
         torch.manual_seed(self.seeds.value("dropout", self.state.step, self.workers.rank))
-        refs = self.data.refs[pairs.tolist()]
+        weights = self.sampler.draw()
+        refs = self.data.references(pairs.tolist(), weights)
         proportions = self.weighting.proportions(refs)
         if not bool(torch.isfinite(proportions).all()):
             names = [self.data.names(int(i)) for i in pairs]
             explained = explain_weights(proportions, refs, self.data.slugs, names)
             raise UserError(f"step {self.state.step + 1}: {explained}")
         alpha, undecided = to_simplex(proportions, len(pairs))
-        policy = self.backward_batch(pairs, refs, alpha)
+        rows = self.data.tokens(pairs.tolist(), weights)
+        policy = self.backward_batch(rows, refs, alpha)
         self.refuse_infinite_loss(policy, refs, alpha, pairs)
         metrics = batch_metrics(self.loss, policy, refs, alpha, self.data.slugs)
-        metrics["train/grad_norm"] = self.gradient_norm(pairs, refs, alpha)
+        metrics["train/grad_norm"] = self.gradient_norm(pairs, rows, refs, alpha)
         metrics["train/lr"] = self.scheduler.get_last_lr()[0]
         self.optimizer.step()
         self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.known.forget()
+        self.evaluation.forget()
         if self.config.accuracy_after_step:
-            metrics["train/accuracy_after"] = float(self.score(pairs).accuracy())
+            after = self.evaluation.score(pairs, weights)
+            metrics["train/accuracy_after"] = float(after.accuracy())
         self.weighting.after_step(refs)
+        self.sampler.after_step()
         self.state.alpha_sum = (alpha.mean(0).numpy() + self.state.alpha_sum).tolist()
         self.state.undecided += undecided
         metrics["alpha/undecided_pairs"] = float(undecided)
         metrics["perf/pairs_per_second"] = len(pairs) / (time.monotonic() - began)
-        return metrics | self.weighting.metrics()
+        if self.data.lists:
+            aspects = self.data.labels.aspects
+            metrics |= {f"lambda/{a}": float(w) for a, w in zip(aspects, weights, strict=True)}
+        return metrics | self.weighting.metrics() | self.sampler.metrics()
 
-    def backward_batch(self, pairs: np.ndarray, refs: Scores, alpha: Tensor) -> Scores:
+    def backward_batch(self, rows: Sequence[Replies], refs: Scores, alpha: Tensor) -> Scores:
         """Gradients of the batch's mean loss, from this process's share of it in micro-batches;
         the policy's scores of the whole batch, as they were before the step."""
-        share = list(self.workers.share(len(pairs)))
-        costs = [self.policy.scorer.cost(self.data.rows[pairs[i]]) for i in share]
+        share = list(self.workers.share(len(rows)))
+        costs = [self.policy.scorer.cost(rows[i]) for i in share]
         scored, mine = [], []
         for group in balanced(costs, self.config.micro_batch_tokens):
             part = [share[i] for i in group]
-            scored.append(self.backward(pairs[part], refs[part], alpha[part], len(pairs)))
+            micro_batch = [rows[i] for i in part]
+            scored.append(self.backward(micro_batch, refs[part], alpha[part], len(rows)))
             mine += part
-        return self.gather(scored, mine, len(pairs))
+        return self.evaluation.gather(scored, mine, len(rows))
 
-    def backward(self, pairs: np.ndarray, refs: Scores, alpha: Tensor, batch_size: int) -> Scores:
+    def backward(
+        self, rows: Sequence[Replies], refs: Scores, alpha: Tensor, batch_size: int
+    ) -> Scores:
         """Forward and backward of one micro-batch, scaled so that all sum to the batch's mean."""
         device = self.workers.device
         self.policy.model.train()
-        sums, counts = self.policy.scorer.logps([self.data.rows[i] for i in pairs])
-        policy = Scores(sums.reshape(len(pairs), -1), counts.reshape(len(pairs), -1))
+        replies, width = [len(item) for item in rows], refs.sums.shape[-1]
+        sums, counts = self.policy.scorer.logps(rows)
+        policy = Scores(per_prompt(sums, replies, width), per_prompt(counts, replies, width))
         output = self.loss(policy, refs.to(device), alpha.to(device))
         (output.loss.sum() / batch_size).backward()
         return Scores(policy.sums.detach(), policy.counts)
 
-    def gradient_norm(self, pairs: np.ndarray, refs: Scores, alpha: Tensor) -> float:
+    def gradient_norm(
+        self, pairs: np.ndarray, rows: Sequence[Replies], refs: Scores, alpha: Tensor
+    ) -> float:
         """Sum gradients over processes, clip if asked to, and refuse what is not finite."""
         parameters = self.policy.trainable
         self.workers.sum_gradients(parameters.values())
@@ -219,7 +228,7 @@ class Trainer:
         norm = float(torch.nn.utils.clip_grad_norm_(parameters.values(), limit))
         if not np.isfinite(norm):
             explained = explain_gradient(
-                lambda i: self.backward(pairs[[i]], refs[[i]], alpha[[i]], len(pairs)),
+                lambda i: self.backward([rows[i]], refs[[i]], alpha[[i]], len(rows)),
                 parameters,
                 self.loss,
                 refs,
@@ -238,39 +247,25 @@ class Trainer:
             explained = explain_loss(self.loss, policy, refs, alpha, self.data.slugs, names)
             raise UserError(f"step {self.state.step + 1}: {explained}")
 
-    def score(self, pairs: np.ndarray) -> Scores:
-        """The policy's scores of pool indices as it is now, without gradients, shared out over
-        processes; what is known of this moment is not computed again."""
-        unknown = self.known.lacks(pairs)
-        if len(unknown):
-            mine = self.workers.share(len(unknown))
-            rows = [self.data.rows[unknown[i]] for i in mine]
-            scored = [self.policy.scorer.score(rows, self.config.token_budget)] if rows else []
-            self.known.add(unknown, self.gather(scored, mine, len(unknown)))
-        return self.known.scores[pairs.tolist()]
-
-    def gather(self, scored: Sequence[Scores], mine: Sequence[int], total: int) -> Scores:
-        """The scores of ``mine`` and of all other processes, in the batch's order, on the CPU."""
-        replies = self.data.refs.sums.shape[-1]
-        sums = torch.cat([torch.zeros(0, replies), *(s.sums.cpu() for s in scored)])
-        counts = torch.cat([torch.zeros(0, replies).long(), *(s.counts.cpu() for s in scored)])
-        return Scores(
-            self.workers.gather(sums.double(), mine, total),
-            self.workers.gather(counts, mine, total),
-        )
-
     def evaluate(self) -> dict[str, float]:
-        """Length-normalised preference accuracy, without any reference term."""
-        self.score(np.concatenate([self.data.val, self.data.test]))  # in one pass
-        val, test = self.score(self.data.val), self.score(self.data.test)
+        """Accuracy, and of lists how they are ranked."""
+        found = self.evaluation.accuracy()
+        test = self.evaluation.score(self.data.test)
         self.state.latest_test = {"sums": test.sums, "counts": test.counts}
-        return {"val/accuracy": float(val.accuracy()), "test/accuracy": float(test.accuracy())}
+        return found | (self.evaluation.rankings(self.mean_alpha) if self.data.lists else {})
 
-    def probe(self, *subsets: np.ndarray) -> list[float]:
-        """The policy's accuracy now on each of several subsets of val, scored in one pass."""
-        parts = [self.data.val[subset] for subset in subsets]
-        self.score(np.concatenate(parts))
-        return [float(self.score(part).accuracy()) for part in parts]
+    @property
+    def mean_alpha(self) -> Tensor:
+        """(K,) over the steps so far; equal before the first."""
+        total = torch.tensor(self.state.alpha_sum, dtype=torch.float64)
+        return total / total.sum() if self.state.step else torch.full_like(total, 1 / len(total))
+
+    def trade_off(self, policy: str) -> list[dict[str, Any]]:
+        """How lists are ranked under each lambda that the sampler wants tried."""
+        if not self.data.lists:
+            return []
+        points = self.sampler.points(self.data.labels.aspects)
+        return self.evaluation.trade_off(points, self.mean_alpha, policy)
 
     def record(self, metrics: dict[str, float]) -> None:
         if self.workers.is_main:
@@ -292,19 +287,23 @@ class Trainer:
             self.run.finish(failure)
             self.tracker.finish(failure, failed=True)
 
-    def finish(self, result: dict[str, Any]) -> None:
+    def finish(self, result: dict[str, Any], trade_off: list[dict[str, Any]]) -> None:
         """Save what was trained, then the result, which marks the run as done."""
         if self.workers.is_main:
             self.policy.save(self.run.folder / "adapter")
+            refs = self.data.references(self.data.test.tolist(), self.evaluation.centre)
+            before, after = self.state.base_test, self.state.latest_test
             write_test_pairs(
                 self.run.folder / "test_pairs.parquet",
                 self.data.ids[self.data.test],
                 self.data.slugs,
-                self.data.refs[self.data.test.tolist()],
-                Scores(**self.state.base_test),
-                Scores(**self.state.latest_test),
+                refs,
+                Scores(**before, target=refs.target),
+                Scores(**after, target=refs.target),
                 self.loss,
             )
+            if trade_off:
+                write_trade_off(self.run.folder / "trade_off.parquet", trade_off)
             self.run.finish(result)
             self.tracker.finish(result)
         self.workers.wait()
@@ -312,7 +311,8 @@ class Trainer:
     def result(self) -> dict[str, Any]:
         """What a finished run is compared by."""
         splits = {"train": self.data.train, "val": self.data.val, "test": self.data.test}
-        tables = {name: self.data.refs[splits[name].tolist()] for name in ("val", "test")}
+        centre = self.evaluation.centre
+        tables = {n: self.data.references(splits[n].tolist(), centre) for n in ("val", "test")}
         alpha = np.array(self.state.alpha_sum) / self.total_steps
         return {
             "status": "finished",
@@ -352,6 +352,7 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
             "weighting": self.weighting.state_dict(),
+            "lambda": self.sampler.state_dict(),
         }
 
     def restore(self) -> None:
@@ -370,5 +371,6 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         self.weighting.load_state_dict(state["weighting"])
+        self.sampler.load_state_dict(state["lambda"])
         self.state = LoopState(**state["loop"])
         logger.info("resuming after step %d of %d", self.state.step, self.total_steps)

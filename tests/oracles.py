@@ -347,3 +347,29 @@ def tsw_update(a: Row, b: Row, arm: int, before: float, after: float) -> tuple[R
     new_a, new_b = list(a), list(b)
     (new_a if after > before else new_b)[arm] += 1.0
     return new_a, new_b
+
+
+# Lists --------------------------------------------------------------------------------------------
+
+
+def list_margin(logps: Row, p: Row) -> float:
+    """The mean of l_i - l_j over pairs, weighted by |p_i - p_j|, in the direction of p."""
+    pairs = list(itertools.combinations(range(len(p)), 2))
+    total = math.fsum(abs(p[i] - p[j]) for i, j in pairs)
+    return (
+        math.fsum((p[i] - p[j]) * (logps[i] - logps[j]) for i, j in pairs) / total if total else 0
+    )
+
+
+def expected(metric: Callable[[list[int]], float], scores: Row) -> float:
+    """The mean of a metric of an order (best first) over all orders that the scores allow."""
+    orders = [
+        order
+        for order in map(list, itertools.permutations(range(len(scores))))
+        if all(scores[a] >= scores[b] for a, b in itertools.pairwise(order))
+    ]
+    return statistics.fmean(metric(order) for order in orders)
+
+
+def dcg(order: list[int], gains: Row) -> float:
+    return math.fsum(gains[i] / math.log2(place + 2) for place, i in enumerate(order))

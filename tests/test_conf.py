@@ -31,6 +31,8 @@ pytestmark = pytest.mark.usefixtures("surroundings")
 CONF = ROOT / "conf"
 REQUIRED = {
     "dataset=jsonl": ["dataset.path=pairs.jsonl"],
+    "dataset=jsonl_lists": ["dataset.path=lists.jsonl"],
+    "lambda=table": ["lambda.rows=[{a: 1}]"],
     "weighting=fixed": ["weighting.weights=[1,2,3]"],
     "reference_set=custom": ["reference_set.entries=[{slug: a, path: a/b}]"],
 }
@@ -41,6 +43,7 @@ SECTIONS = (
     "model",
     "loss",
     "weighting",
+    "lambda",
     "seed",
     "optimizer",
     "train",
@@ -218,6 +221,7 @@ class World:
             self.data,
             it.loss,
             weighting,
+            it.sampler,
             it.optimizer,
             it.seeds,
             it.workers,
@@ -292,7 +296,7 @@ def test_every_combination_takes_a_step_on_the_loss_of_the_formula(
         link = next(links)
         trainer.loss = loss_of(name, link, clip)
         pairs = trainer.batch(step % trainer.steps_per_epoch)
-        scores = trainer.score(pairs)
+        scores = trainer.evaluation.score(pairs)
         metrics = trainer.train_step(pairs)
 
         now, how = world.margins(pairs), dict[str, Any](link=link, eps=LINKS[link])

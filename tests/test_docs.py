@@ -4,6 +4,7 @@ hub."""
 import re
 import shlex
 import time
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -155,8 +156,10 @@ class TestExtending:
     def test_loss(self) -> None:
         policy, refs = torch.randn(5, 2).double(), torch.randn(5, 3, 2).double()
         alpha = torch.nn.functional.one_hot(torch.full((5,), 1), 3).double()
-        ours, _ = self.names["arithmetic"](policy, refs, alpha, beta=0.7, link=losses.logistic)  # type: ignore[operator]
-        theirs, _ = losses.dpo(policy, refs, alpha, beta=0.7, link=losses.logistic)
+        first = torch.tensor([1.0, 0.0]).double().expand(5, 2)
+        link = partial(losses.logistic, target=first)
+        ours, _ = self.names["arithmetic"](policy, refs, alpha, beta=0.7, link=link)  # type: ignore[operator]
+        theirs, _ = losses.dpo(policy, refs, alpha, beta=0.7, link=link)
         torch.testing.assert_close(ours, theirs)
 
     def test_weighting(self) -> None:

@@ -39,7 +39,8 @@ UNEVEN = [  # the same replies, to prompts of very different lengths
     else item
     for i, item in enumerate(ITEMS)
 ]
-CHARACTERS = np.array([[len(reply) for reply in item.replies] for item in ITEMS])
+LENGTHS = np.array([[len(reply) for reply in item.replies] for item in ITEMS])
+CHARACTERS = int(LENGTHS.sum())
 
 
 class Padded(ReplyScorer):
@@ -153,10 +154,10 @@ class TestScoring:
 
 def table(margin: float, nats: float, seed: int) -> Scores:
     """Scores of ITEMS with this mean |margin| and this many nats per character."""
-    counts = np.maximum(1, CHARACTERS // 4)
+    counts = np.maximum(1, LENGTHS // 4)
     half = margin / 2 * np.random.default_rng(seed).choice([-1, 1], len(ITEMS))
     gap = half[:, None] * [1, -1]
-    level = (nats * CHARACTERS.sum() + (gap * counts).sum()) / counts.sum()
+    level = (nats * CHARACTERS + (gap * counts).sum()) / counts.sum()
     return Scores(torch.from_numpy((gap - level) * counts), torch.from_numpy(counts))
 
 
@@ -181,7 +182,7 @@ class TestOutliers:
         tables = self.real(tiny7_dir, slugs, UNEVEN, wrong="qwen3")
         findings = check_outliers(tables, CHARACTERS)
         assert {finding.slug for finding in findings} == {"qwen3"}
-        nats = {slug: -float(t.sums.sum()) / CHARACTERS.sum() for slug, t in tables.items()}
+        nats = {slug: -float(t.sums.sum()) / CHARACTERS for slug, t in tables.items()}
         value = nats.pop("qwen3")
         median = float(np.median(list(nats.values())))
         assert findings[0].problem.startswith(

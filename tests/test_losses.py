@@ -51,6 +51,7 @@ LINKS: dict[str, tuple[Link, dict[str, Any]]] = {
     "robust": (partial(losses.robust, label_flip=0.3), {"link": "robust", "eps": 0.3}),
     "ipo": (losses.ipo, {"link": "ipo"}),
     "hinge": (losses.hinge, {"link": "hinge"}),
+    "listwise": (losses.listwise, {"link": "logistic"}),  # of two replies
 }
 
 
@@ -89,7 +90,11 @@ class Case:
     ) -> tuple[Tensor, Tensor]:
         """(losses (B,), rewards (B, 2))."""
         function, refs = COMBINATIONS[combine][0], CLIPS[clip][0](self.refs)
-        return function(self.policy, refs, self.alpha, beta=self.beta, link=LINKS[link][0])
+
+        def linked(rewards: Tensor, *, beta: float) -> Tensor:
+            return LINKS[link][0](rewards, tensor([1.0, 0.0]).expand_as(rewards), beta=beta)
+
+        return function(self.policy, refs, self.alpha, beta=self.beta, link=linked)
 
     def loss(self, combine: str, link: str = "logistic", clip: str = "none") -> Tensor:
         return self.both(combine, link, clip)[0]

@@ -20,9 +20,9 @@ from mrpo_lab import embedded
 from mrpo_lab.chat import Item, TokenRow
 from mrpo_lab.checkpoint import load_state
 from mrpo_lab.errors import UserError
+from mrpo_lab.evaluation import Data
 from mrpo_lab.main import Experiment, run_experiment
 from mrpo_lab.policy import Policy, PolicyConfig
-from mrpo_lab.trainer import Data
 
 pytest_plugins = ("surroundings",)
 pytestmark = pytest.mark.usefixtures("surroundings")

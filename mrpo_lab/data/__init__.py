@@ -1,6 +1,7 @@
-"""From rows on the hub or on disk to pairs, filters and splits."""
+"""From rows on the hub or on disk to pairs and lists, filters and splits."""
 
 from mrpo_lab.data.dataset import Dataset, FileDataset, Prepared
+from mrpo_lab.data.lists import ListDataset
 from mrpo_lab.data.rows import parse_item, read_rows
 
-__all__ = ["Dataset", "FileDataset", "Prepared", "parse_item", "read_rows"]
+__all__ = ["Dataset", "FileDataset", "ListDataset", "Prepared", "parse_item", "read_rows"]

@@ -1,4 +1,4 @@
-"""Eligible pairs, a fixed pool of them, and one split of the pool per seed."""
+"""Eligible pairs or lists, a fixed pool of them, and one split of the pool per seed."""
 
 from __future__ import annotations
 
@@ -7,13 +7,15 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
+from mrpo_lab.aspects import Labels
 from mrpo_lab.chat import Item
 from mrpo_lab.data.rows import Row, parse_item, read_rows
 from mrpo_lab.errors import UserError
-from mrpo_lab.store import reply_ids
+from mrpo_lab.store import NONE, reply_ids
 from mrpo_lab.tokenization import Lengths, Tokenization
 
 SPLITS = ("train", "val", "test")
@@ -21,16 +23,19 @@ SPLITS = ("train", "val", "test")
 
 @dataclass(frozen=True)
 class Prepared:
-    """The pool, its reply ids, the splits (indices into the pool) and what was counted."""
+    """The pool, its reply ids, what is known of the replies, the splits (indices into the pool) and
+    what was counted."""
 
     items: list[Item]
     ids: np.ndarray
+    labels: Labels
     splits: Mapping[str, np.ndarray]
     counts: dict[str, int]
 
     def fingerprint(self) -> str:
-        """Of the texts and splits: a run continues only on the same data."""
+        """Of the texts, labels and splits: a run continues only on the same data."""
         digest = hashlib.sha256(np.ascontiguousarray(self.ids).tobytes())
+        digest.update(self.labels.targets.contiguous().numpy().tobytes())
         for name in SPLITS:
             digest.update(f"{name} {len(self.splits[name])}".encode())
             digest.update(self.splits[name].astype(np.int64).tobytes())
@@ -79,10 +84,18 @@ class Dataset(ABC):
         Raises:
             UserError: nothing to read, or a malformed row.
         """
-        items = [parse_item(row, where) for where, row in self.rows()]
+        items = [self.parse(row, where) for where, row in self.rows()]
         if not items:
             raise UserError("dataset: no rows")
         return items
+
+    def parse(self, row: Row, where: str) -> Item:
+        """One row; ``where`` it stands is for messages."""
+        return parse_item(row, where)
+
+    def labels(self, items: Sequence[Item]) -> Labels:
+        """What is known of the replies to these items."""
+        return Labels.of_pairs(len(items))
 
     def prepare(
         self, items: list[Item], tokenizers: Sequence[Tokenization], rng: np.random.Generator
@@ -93,6 +106,7 @@ class Dataset(ABC):
             UserError: no pairs left, or too few for the splits.
         """
         counts: Counter[str] = Counter(rows=len(items))
+        items = self.usable(items, counts)
         items, ids = self._distinct(items, counts)
         keep = self._eligible(items, ids, tokenizers, counts)
         counts["eligible"] = len(keep)
@@ -110,7 +124,11 @@ class Dataset(ABC):
         items = [items[i] for i in keep]
         splits = self._split(len(items), rng)
         counts["test_prompts_in_train"] = _shared_prompts(items, splits)
-        return Prepared(items, ids[keep], splits, dict(counts))
+        return Prepared(items, ids[keep], self.labels(items), splits, dict(counts))
+
+    def usable(self, items: list[Item], counts: Counter[str]) -> list[Item]:
+        """What is left of the items before the filters that all data sets share."""
+        return items
 
     def _distinct(self, items: list[Item], counts: Counter[str]) -> tuple[list[Item], np.ndarray]:
         """Count oddities of the texts; drop identical and duplicate pairs where asked."""
@@ -118,13 +136,13 @@ class Dataset(ABC):
         seen: set[bytes] = set()
         keep = []
         for index, (item, row) in enumerate(zip(items, ids, strict=True)):
-            chosen, rejected = item.replies
-            identical, duplicate = chosen == rejected, row.tobytes() in seen
+            different = sorted(set(item.replies))
+            identical, duplicate = len(different) < len(item.replies), row.tobytes() in seen
             seen.add(row.tobytes())
             counts["empty_replies"] += any(not reply.strip() for reply in item.replies)
             counts["identical_replies"] += identical
-            counts["prefix_replies"] += not identical and (
-                chosen.startswith(rejected) or rejected.startswith(chosen)
+            counts["prefix_replies"] += not identical and any(
+                longer.startswith(shorter) for shorter, longer in pairwise(different)
             )
             counts["duplicates"] += duplicate
             if not ((identical and self.drop_identical) or (duplicate and self.drop_duplicates)):
@@ -146,6 +164,7 @@ class Dataset(ABC):
         replies = np.stack([m.reply for m in measured])  # (tokenizers, N, R)
         counts["prefix_broken"] = sum(int(m.prefix_broken.any(-1).sum()) for m in measured)
         counts["system_folded"] = sum(int(m.system_folded.any(-1).sum()) for m in measured)
+        present = ids != NONE
         keep = np.arange(len(items))
 
         def drop(name: str, passes: np.ndarray) -> None:
@@ -153,14 +172,14 @@ class Dataset(ABC):
             counts[f"dropped_{name}"] = int((~passes).sum())
             keep = keep[passes]
 
-        drop("unscorable", (replies.min((0, 2)) > 0) & (prompts > 0))
+        drop("unscorable", ((replies.min(0) > 0) | ~present).all(-1) & (prompts > 0))
         longest = replies.max(0)
         if self.min_percentile and len(keep):
             drop("short_prompt", prompts[keep] > np.percentile(prompts[keep], self.min_percentile))
         if self.min_percentile and len(keep):
-            floor = np.percentile(longest[keep], self.min_percentile, axis=0)
-            drop("short_reply", (longest[keep] > floor).all(-1))
-        cut = keep[(totals[keep] > self.max_tokens).all(-1)]
+            floor = self.floor(longest[keep], present[keep])
+            drop("short_reply", ((longest[keep] > floor) | ~present[keep]).all(-1))
+        cut = keep[((totals > self.max_tokens) | ~present)[keep].all(-1)]
         counts["identical_after_truncation"] = _same_when_cut(
             [items[i] for i in cut],
             tokenizers,
@@ -169,6 +188,11 @@ class Dataset(ABC):
         )
         drop("too_long", (totals[keep] <= self.max_tokens).all(-1))
         return keep
+
+    def floor(self, lengths: np.ndarray, present: np.ndarray) -> np.ndarray:
+        """Of the (N, R) lengths of replies that are present, what all must be longer than: here of
+        the chosen ones and of the rejected ones."""
+        return np.asarray(np.percentile(lengths, self.min_percentile, axis=0))
 
     def _split(self, size: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
         val, test = (round(n * size) if n < 1 else int(n) for n in (self.val, self.test))

@@ -143,6 +143,8 @@ def parse_item(row: Row, where: str) -> Item:
     if "better_response_id" in row and "chosen" not in row:
         row = _from_pku(row, where)
     missing = [key for key in ("chosen", "rejected") if row.get(key) is None]
+    if missing and ("responses" in row or "completions" in row):
+        raise UserError(f"{where}: a list of replies, which dataset=jsonl_lists reads")
     if missing:
         raise UserError(
             f"{where}: no {' and no '.join(missing)}; columns are {', '.join(map(str, row))}; "
@@ -159,7 +161,7 @@ def parse_item(row: Row, where: str) -> Item:
         elif isinstance(given, str) and not prompt:
             prompt = _transcript(given)
     else:
-        prompt = _transcript(given) if isinstance(given, str) else _messages(given, "prompt", where)
+        prompt = list(as_prompt(given, where))
         chosen, rejected = (_reply(row[key]) for key in ("chosen", "rejected"))
     for key, reply in (("chosen", chosen), ("rejected", rejected)):
         if len(reply) != 1 or reply[0]["role"] != "assistant":
@@ -168,12 +170,32 @@ def parse_item(row: Row, where: str) -> Item:
                 f"{where}: {key} must end in one assistant reply after the prompt that both share, "
                 f"got {roles or 'nothing'}"
             )
-    prompt = _asked(prompt)
+    asked = as_prompt(prompt, where)
+    return checked(Item(asked, (chosen[0]["content"], rejected[0]["content"])), where)
+
+
+def as_prompt(given: Any, where: str) -> tuple[Message, ...]:
+    """A string, a transcript or messages, as messages without a final empty ``Assistant:``, which
+    only asks for the reply.
+
+    Raises:
+        UserError: it is of another form, or nothing.
+    """
+    prompt = _transcript(given) if isinstance(given, str) else _messages(given, "prompt", where)
+    prompt = prompt[:-1] if prompt[-1:] == _reply("") else prompt
     if not prompt:
         raise UserError(f"{where}: no prompt")
-    item = Item(tuple(prompt), (chosen[0]["content"], rejected[0]["content"]))
+    return tuple(prompt)
+
+
+def checked(item: Item, where: str) -> Item:
+    """The item, if its texts can be written down.
+
+    Raises:
+        UserError: it holds half of a surrogate pair.
+    """
     try:
-        "".join([*(message["content"] for message in prompt), *item.replies]).encode()
+        "".join([*(message["content"] for message in item.prompt), *item.replies]).encode()
     except UnicodeEncodeError as error:
         raise UserError(f"{where}: not valid Unicode: {first_line(error)}") from error
     return item
@@ -240,8 +262,3 @@ def _transcript(text: str) -> list[Message]:
         {"role": roles[role], "content": content.strip()}
         for role, content in zip(turns[1::2], turns[2::2], strict=True)
     ]
-
-
-def _asked(prompt: list[Message]) -> list[Message]:
-    """Without a final empty ``Assistant:``, which only asks for the reply."""
-    return prompt[:-1] if prompt[-1:] == _reply("") else prompt

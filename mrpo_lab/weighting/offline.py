@@ -14,6 +14,7 @@ from jaxtyping import Float
 from scipy.optimize import minimize
 from torch import Tensor
 
+from mrpo_lab import simplex
 from mrpo_lab.scores import Scores
 from mrpo_lab.weighting.base import Context, Weighting
 
@@ -141,7 +142,7 @@ class Grid(Offline):
         self._resolution = resolution
 
     def check(self, slugs: list[str], num_val: int) -> None:
-        points = math.comb(self._resolution + len(slugs) - 1, len(slugs) - 1)
+        points = simplex.grid_size(self._resolution, len(slugs))
         if points > self.MAX_POINTS:
             raise ValueError(
                 f"resolution {self._resolution} with {len(slugs)} references is {points:,} grid "
@@ -152,12 +153,9 @@ class Grid(Offline):
         margins = context.val.margins().double().cpu()
         num_refs, m = margins.shape[1], self._resolution
         best: tuple[float, float, tuple[int, ...]] | None = None
-        # Stars and bars: the gaps between K - 1 bars are one way to share m units among K.
-        bars = itertools.combinations(range(m + num_refs - 1), num_refs - 1)
-        while chunk := list(itertools.islice(bars, 512)):
-            ends = np.pad(np.array(chunk).reshape(len(chunk), -1), ((0, 0), (1, 1)))
-            ends[:, 0], ends[:, -1] = -1, m + num_refs - 1
-            units = np.diff(ends, axis=1) - 1
+        points = simplex.grid(m, num_refs)
+        while chunk := list(itertools.islice(points, 512)):
+            units = np.array(chunk)
             # In whole units, and losses to 10 decimals: rounding must not decide between equals.
             mixture = margins @ torch.from_numpy(units).double().T  # (N_val, points)
             wrong = (mixture <= 0).double().mean(0).tolist()
