@@ -335,7 +335,9 @@ def test_signal_waits_for_the_step_and_is_answered_once() -> None:
 def local(outputs: Path, *arguments: str) -> subprocess.Popen[str]:
     command = [sys.executable, "train.py", "-m", *TINY, *arguments, f"outputs={outputs}"]
     launcher = ("hydra/launcher=local", "hydra.launcher.parallel=2")
-    return subprocess.Popen(
+    # A shell's background job, as these tests may be, ignores Ctrl-C, and so would its children.
+    former = signal.signal(signal.SIGINT, signal.default_int_handler)
+    started = subprocess.Popen(
         [*command, *launcher],
         cwd=ROOT,
         stdout=subprocess.PIPE,
@@ -343,6 +345,8 @@ def local(outputs: Path, *arguments: str) -> subprocess.Popen[str]:
         text=True,
         start_new_session=True,
     )
+    signal.signal(signal.SIGINT, former)
+    return started
 
 
 def test_sweep_on_this_machine_survives_what_happens_to_a_run_and_to_itself(tmp_path: Path) -> None:
@@ -370,7 +374,7 @@ def test_sweep_on_this_machine_survives_what_happens_to_a_run_and_to_itself(tmp_
     until(lambda: bool(training("s2")))
     os.kill(first.pid, signal.SIGINT)
     out, err = first.communicate(timeout=60)
-    assert first.returncode == 130
+    assert first.returncode == 130, err
     assert "stopping: runs save themselves, and the same command goes on" in out
     assert err.splitlines()[-1].startswith("error: interrupted")
     assert not training("s2")
