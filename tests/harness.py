@@ -120,6 +120,11 @@ def experiment(outputs: Path, *overrides: str) -> Path:
     return outputs / "run"
 
 
+def only_run(outputs: Path) -> Path:
+    (folder,) = (path.parent for path in outputs.rglob("config.yaml"))
+    return folder
+
+
 class Killed(BaseException):
     """No ``except Exception`` sees it: the process is as good as gone."""
 
@@ -181,7 +186,7 @@ def assert_same(one: Path, other: Path) -> None:
     assert left.read_bytes() == right.read_bytes()
     left, right = (run / "checkpoint" / "state.safetensors" for run in (one, other))
     states = [checkpoint.load_state(path) for path in (left, right)]
-    for key in ("optimizer", "scheduler", "weighting", "trainable"):
+    for key in ("optimizer", "scheduler", "weighting", "lambda", "trainable"):
         assert equal(states[0][key], states[1][key]), key
 
 

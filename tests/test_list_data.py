@@ -22,7 +22,7 @@ ASK = {"role": "user", "content": "Bread?"}
 PLAIN = {
     "prompt": "Bread?",
     "responses": ["Yes.", "No.", "Go left."],
-    "ratings": {"kind": [1, 2, None], "true": [0.5, 0, 1]},
+    "ratings": {"kind": [1, 2, None], "honest": [0.5, 0, 1]},
 }
 
 
@@ -36,9 +36,9 @@ ULTRAFEEDBACK = {  # openbmb/UltraFeedback's columns
     "instruction": "Bread?",
     "models": ["m", "m", "m"],
     "completions": [
-        completion("Yes.", kind="1", true="0.5"),
-        completion("No.", kind="2", true="0"),
-        completion("Go left.", kind="N/A", true="1"),
+        completion("Yes.", kind="1", honest="0.5"),
+        completion("No.", kind="2", honest="0"),
+        completion("Go left.", kind="N/A", honest="1"),
     ],
     "correct_answers": ["None"],
 }
@@ -51,12 +51,12 @@ def rows(number: int, seed: int = 0) -> list[dict[str, Any]]:
     for i in range(number):
         replies = int(rng.integers(2, 8))
         ratings: dict[str, list[int | None]] = {
-            aspect: rng.integers(0, 4, replies).tolist() for aspect in ("kind", "true")
+            aspect: rng.integers(0, 4, replies).tolist() for aspect in ("kind", "honest")
         }
         if i % 5 == 0:
             ratings["kind"][-1] = None
         if i % 20 == 0:
-            ratings["true"][0] = None
+            ratings["honest"][0] = None
         found.append(
             {
                 "prompt": f"Question {i}?",
@@ -101,9 +101,9 @@ class TestRows:
         item = parse_list(row, "here")
         assert item.prompt == (ASK,)
         assert item.replies == ("Yes.", "No.", "Go left.")
-        assert list(item.ratings) == ["kind", "true"]
+        assert list(item.ratings) == ["kind", "honest"]
         assert item.ratings["kind"] == pytest.approx((1, 2, NAN), nan_ok=True)
-        assert item.ratings["true"] == (0.5, 0, 1)
+        assert item.ratings["honest"] == (0.5, 0, 1)
 
     @pytest.mark.parametrize(
         ("change", "message"),
@@ -130,15 +130,15 @@ class TestRows:
 class TestLists:
     def test_labels_and_counts(self, file: str, tokenizers: list[Tokenization]) -> None:
         found = prepared(dataset(file), tokenizers)
-        assert found.labels.aspects == ["kind", "true"]
+        assert found.labels.aspects == ["kind", "honest"]
         assert found.counts["lists_without_kind"] == 12
-        assert found.counts["lists_without_true"] == 3
+        assert found.counts["lists_without_honest"] == 3
         assert found.counts["dropped_unrated"] == 3
         assert len(found.items) == 57
         by_prompt = {row["prompt"]: row for row in rows(60)}
         for n, item in enumerate(found.items):
             ratings = by_prompt[item.prompt[0]["content"]]["ratings"]
-            for a, aspect in enumerate(("kind", "true")):
+            for a, aspect in enumerate(("kind", "honest")):
                 lacks = None in ratings[aspect]
                 assert bool(found.labels.rated[n, a]) is not lacks
                 got = found.labels.ratings[n, a, : len(item.replies)].tolist()
@@ -147,8 +147,8 @@ class TestLists:
                 )
 
     def test_aspects_are_chosen_and_named(self, file: str, tokenizers: list[Tokenization]) -> None:
-        found = prepared(dataset(file, aspects=["true"]), tokenizers)
-        assert found.labels.aspects == ["true"]
+        found = prepared(dataset(file, aspects=["honest"]), tokenizers)
+        assert found.labels.aspects == ["honest"]
         with pytest.raises(UserError, match="no reply is rated by 'truth', but by"):
             dataset(file, aspects=["truth"]).read()
 
@@ -177,7 +177,9 @@ class TestLists:
         def drawn(path: str, **options: Any) -> dict[str, set[tuple[str, float]]]:
             found = prepared(dataset(path, max_replies=3, **options), tokenizers, seed=4)
             return {
-                item.prompt[0]["content"]: set(zip(item.replies, item.ratings["true"], strict=True))
+                item.prompt[0]["content"]: set(
+                    zip(item.replies, item.ratings["honest"], strict=True)
+                )
                 for item in found.items
             }
 
@@ -210,7 +212,7 @@ class TestLists:
 
 class TestAsPairs:
     @pytest.mark.parametrize("how", ["best_worst", "separable"])
-    @pytest.mark.parametrize("by", [{"true": 1.0}, {"kind": 1.0, "true": 2.0}])
+    @pytest.mark.parametrize("by", [{"honest": 1.0}, {"kind": 1.0, "honest": 2.0}])
     def test_against_brute_force(
         self, file: str, tokenizers: list[Tokenization], how: str, by: dict[str, float]
     ) -> None:
@@ -237,7 +239,7 @@ class TestAsPairs:
         assert not any(item.ratings for item in pairs.items)
 
     def scores(self, ratings: Any, by: dict[str, float], temperature: float) -> list[float]:
-        total = np.zeros(len(ratings["true"]))
+        total = np.zeros(len(ratings["honest"]))
         weight = 0.0
         for aspect, share in by.items():
             values = np.array(ratings[aspect])

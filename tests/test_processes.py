@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import wandb
 import wandb_files
-from harness import ROOT, TINY, close, metrics, read_json, result, train_py
+from harness import ROOT, TINY, close, metrics, only_run, read_json, result, train_py
 
 pytest_plugins = ("surroundings",)
 pytestmark = pytest.mark.usefixtures("surroundings")
@@ -41,11 +41,6 @@ def launch(*overrides: str) -> subprocess.CompletedProcess[str]:
         check=False,
         start_new_session=True,  # what a launcher does to its process group stays there
     )
-
-
-def only_run(outputs: Path) -> Path:
-    (folder,) = (path.parent for path in outputs.rglob("config.yaml"))
-    return folder
 
 
 def test_two_processes_are_one(tmp_path: Path) -> None:

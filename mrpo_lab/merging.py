@@ -1,0 +1,175 @@
+"""``python -m mrpo_lab.merging TOLD ALONE ...``: is telling a policy lambda worth it?
+
+TOLD is the folder of a run that was told lambda. Each ALONE is one that was not, trained on one
+aspect (``lambda.weights={ASPECT: 1}``), with the same data, seed and model. Their adapters are
+merged with weights lambda (peft's linear merge) at the lambdas that TOLD was tried at, and all are
+compared on TOLD's test lists.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import torch
+import yaml
+from jaxtyping import Float
+from omegaconf import OmegaConf
+from torch import Tensor
+
+from mrpo_lab.cli import fail
+from mrpo_lab.errors import UserError
+from mrpo_lab.evaluation import Data, Evaluation
+from mrpo_lab.main import Experiment
+from mrpo_lab.policy import Policy
+from mrpo_lab.progress import progress, quiet_libraries
+from mrpo_lab.trade_off import table, write_trade_off
+from mrpo_lab.workers import Workers
+
+SHARED = ("dataset", "model", "seed", "reference_set", "loss")
+"""Sections of the configuration in which the runs must be alike."""
+COMPARED = "trade_off_compared.parquet"
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A run on disk."""
+
+    folder: Path
+    config: dict[str, Any]
+    result: dict[str, Any]
+
+    @classmethod
+    def read(cls, folder: Path) -> Finished:
+        """
+        Raises:
+            UserError: there is no finished run of lists with an adapter.
+        """
+        config, result = folder / "config.yaml", folder / "result.json"
+        if not config.exists():
+            raise UserError(f"{folder}: no run; a run is a folder with config.yaml")
+        found = json.loads(result.read_text()) if result.exists() else {}
+        if found.get("status") != "finished":
+            raise UserError(f"{folder}: this run is not finished")
+        if not (folder / "trade_off.parquet").exists():
+            raise UserError(f"{folder}: this run is not of lists with several aspects")
+        if not (folder / "adapter" / "adapter_config.json").exists():
+            raise UserError(f"{folder}: no adapter to merge: this run trained all weights")
+        return cls(folder, yaml.safe_load(config.read_text()), found)
+
+    @property
+    def aspect(self) -> str:
+        """The one aspect that it was trained on.
+
+        Raises:
+            UserError: there were several, or it was told lambda.
+        """
+        settings = self.config["lambda"]
+        weights = [aspect for aspect, w in (settings.get("weights") or {}).items() if w]
+        if len(weights) != 1 or settings["condition"]:
+            raise UserError(
+                f"{self.folder}: not trained on one aspect alone, as with "
+                "lambda=fixed lambda.weights={ASPECT: 1}"
+            )
+        return str(weights[0])
+
+    @property
+    def alpha(self) -> Float[Tensor, " K"]:
+        """Mean weight of each reference over its steps."""
+        references = self.result["references"].values()
+        return torch.tensor([r["mean_alpha"] for r in references], dtype=torch.float64)
+
+
+def compare(told: Finished, alone: Mapping[str, Finished]) -> list[dict[str, Any]]:
+    """The trade-off of the told policy, of each policy of one aspect, and of their merges."""
+    experiment = Experiment.build(OmegaConf.create(told.config), Workers.start())
+    data = experiment.data(experiment.prepare())
+    aspects = data.labels.aspects
+    points = experiment.sampler.points(aspects)
+    rows: list[dict[str, Any]] = pq.read_table(told.folder / "trade_off.parquet").to_pylist()
+    for run in alone.values():
+        trained = pq.read_table(run.folder / "trade_off.parquet").to_pylist()
+        rows += [
+            row | {"policy": f"{run.aspect} alone"} for row in trained if row["policy"] == "trained"
+        ]
+    policy = merged_policy(experiment, {a: run.folder / "adapter" for a, run in alone.items()})
+    model: Any = policy.model
+    alpha = torch.stack([run.alpha for run in alone.values()]).mean(0)
+    with progress(len(points), "merging", "lambda") as bar:
+        for number, weights in enumerate(points):
+            shares = [float(weights[aspects.index(aspect)]) for aspect in alone]
+            name = f"merged{number}"
+            model.add_weighted_adapter(list(alone), shares, name, combination_type="linear")
+            model.set_adapter(name)
+            evaluation = evaluation_of(experiment, policy, data, weights)
+            rows += evaluation.trade_off(weights.unsqueeze(0), alpha, "merged")
+            bar.update()
+    return rows
+
+
+def merged_policy(experiment: Experiment, adapters: Mapping[str, Path]) -> Policy:
+    """The base model with all adapters, by aspect."""
+    import peft
+
+    base: Any = experiment.model.load(experiment.workers.device, frozen=True)
+    (first, folder), *others = adapters.items()
+    model = peft.PeftModel.from_pretrained(base, str(folder), adapter_name=first)
+    for aspect, folder in others:
+        model.load_adapter(str(folder), adapter_name=aspect)
+    return Policy(model.eval(), experiment.model.tokenization)
+
+
+def evaluation_of(
+    experiment: Experiment, policy: Policy, data: Data, centre: Float[Tensor, " A"]
+) -> Evaluation:
+    """Of a policy that is not told lambda."""
+    untold, budget = replace(data, told=None), experiment.config.token_budget
+    return Evaluation(policy, untold, experiment.loss, experiment.workers, budget, centre)
+
+
+def check(told: Finished, alone: Sequence[Finished]) -> dict[str, Finished]:
+    """The policies of one aspect, by aspect.
+
+    Raises:
+        UserError: they do not belong together.
+    """
+    if not told.config["lambda"]["condition"]:
+        raise UserError(f"{told.folder}: this policy was not told lambda (lambda.condition=true)")
+    for run in alone:
+        for section in SHARED:
+            if run.config[section] != told.config[section]:
+                raise UserError(f"{run.folder}: its {section} is not that of {told.folder}")
+    rows = pq.read_table(told.folder / "trade_off.parquet", columns=["aspect"])
+    aspects = list(dict.fromkeys(rows["aspect"].to_pylist()))
+    by_aspect = {run.aspect: run for run in alone}
+    if lacking := [aspect for aspect in aspects if aspect not in by_aspect]:
+        raise UserError(f"no run was given that was trained on {lacking[0]} alone")
+    return {aspect: by_aspect[aspect] for aspect in aspects}
+
+
+def main(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m mrpo_lab.merging", description=__doc__)
+    parser.add_argument("told", type=Path, help="folder of the run that was told lambda")
+    parser.add_argument("alone", type=Path, nargs="+", help="of a run on one aspect, for each")
+    asked = parser.parse_args(arguments)
+    quiet_libraries()
+    try:
+        told = Finished.read(asked.told)
+        rows = compare(told, check(told, [Finished.read(folder) for folder in asked.alone]))
+    except UserError as error:
+        fail(str(error))
+        return 2
+    file = told.folder / COMPARED
+    write_trade_off(file, rows)
+    print(table(rows, ["pairwise", "spearman", "ndcg"]) + f"\n{file}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
