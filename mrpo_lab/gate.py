@@ -16,11 +16,11 @@ import torch
 
 from mrpo_lab.chat import TokenRow
 from mrpo_lab.scores import Scores
-from mrpo_lab.scoring import ReplyScorer
+from mrpo_lab.scoring import ReplyScorer, difference
 
 SAMPLE = 8
-TOLERANCE = {"float64": 1e-6, "float32": 1e-3, "bfloat16": 0.15, "float16": 0.05}
-"""Largest difference in nats per token between ways of batching, by dtype of the weights."""
+TOLERANCE = {"float64": 1e-6, "float32": 1e-3, "bfloat16": 0.1, "float16": 0.05}
+"""Largest mean difference in nats per token between ways of batching, by dtype of the weights."""
 OUTLIER = 5.0
 """How many times the median of the other references is too far. The published results' Phi-3 took
 6 to 13 times the weight of the mean of the others; tiny7's weakest sound model reaches 4."""
@@ -55,7 +55,7 @@ def check_scoring(
         left, _ = scorer.padded_logps(flat, "left")
     findings = []
     for how, sums in (("in one batch", together), ("in a batch padded on the left", left)):
-        apart = float(((sums - alone) / counts).abs().max())
+        apart = difference(sums, alone, counts)
         if not apart <= TOLERANCE[dtype]:
             findings.append(
                 Finding(

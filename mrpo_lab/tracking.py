@@ -20,7 +20,7 @@ Lines = Sequence[Mapping[str, float | None]]
 """Of ``metrics.jsonl``, each with its ``step``."""
 
 
-FILES = ("provenance.json", "test_pairs.parquet")
+FILES = ("provenance.json", "test_pairs.parquet", "trade_off.parquet")
 """Of a run's folder: what W&B keeps beside the numbers, for the report."""
 
 

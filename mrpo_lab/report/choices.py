@@ -25,6 +25,7 @@ NO_SETTING = (
     "seed",
     "choices",
     "weighting",
+    "lambda",
     "loss.combine",
     "loss.link",
     "loss.clip",
@@ -51,6 +52,8 @@ class Choice:
     """Slugs in use."""
     reference: str = ""
     """The only one with any weight: single-reference DPO, under whichever loss."""
+    weights: str = ""
+    """How lambda is chosen, in words; none for pairs and for equal weights that are not told."""
     model: str = ""
     parameters: dict[str, str] = field(default_factory=dict)
     """Of the weighting, the link and the clip."""
@@ -83,6 +86,7 @@ def choice_of(record: Record) -> Choice:
         seed=int(config["seed"]["root"]),
         references=references,
         reference=str(reference),
+        weights=weights_of(config.get("lambda", {})),
         model=str(config["model"].get("path", "")),
         parameters={} if reference else parameters,
         setting={k: v for k, v in leaves.items() if not _outside(k)},
@@ -93,6 +97,20 @@ def option(node: Mapping[str, Any]) -> str:
     """The option that a node was made by: ``weighting.VAW`` is vaw."""
     name = str(node["_target_"]).rpartition(".")[2].lower()
     return OPTIONS.get(name, name)
+
+
+def weights_of(sampler: Mapping[str, Any]) -> str:
+    """A sampler of lambda in words: ``dirichlet concentration=0.5, told``."""
+    chosen = [
+        f"{key.rpartition('.')[2]}={value}"
+        for key, value in flat(sampler)
+        if key not in ("_target_", "condition", "grid", "probe_size") and value != "null"
+    ]
+    told = ["told"] if sampler.get("condition") else []
+    name = option(sampler).removesuffix("lambda") if sampler else ""
+    return (
+        "" if name == "fixed" and not chosen + told else " ".join([name, ", ".join(chosen + told)])
+    )
 
 
 def slugs(reference_set: Mapping[str, Any]) -> tuple[str, ...]:

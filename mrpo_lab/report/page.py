@@ -33,6 +33,7 @@ SECTIONS = {
     "bandit": "Bandit and batch accuracy",
     "correlations": "Do weights follow accuracy?",
     "mechanism": "Mechanism",
+    "trade_off": "Trade-off between aspects",
     "references": "References",
     "provenance": "Provenance",
 }
@@ -52,6 +53,9 @@ NOTES = {
     "where weights and accuracies hardly change with the seed, they are too small. The last column "
     "permutes the references once for all seeds: exact for any dependence between seeds, and the "
     "one to believe when they differ. No p of Tables 1 and 2 says that weights cause accuracy.",
+    "trade_off": "Volume: of what lies below and left of a policy's points, from 0 on all aspects; "
+    "at most 1, larger where some lambda gives much of all. The base model's implicit reward "
+    "against itself is 0 for every reply, which ranks as chance does.",
     "mechanism": "For every one of these losses a pair's gradient is a scalar times the gradient "
     "of the policy's own margin. All that references can do is change this scalar.",
 }

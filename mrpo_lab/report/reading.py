@@ -20,6 +20,8 @@ SILENCE = 900.0
 """Seconds without a new line after which a run without a result is taken for dead."""
 YAML = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 """The safe loader, in C where there is one: seconds for hundreds of runs."""
+TRADE_OFFS = ("trade_off_compared.parquet", "trade_off.parquet")
+"""The first that is there is read."""
 PRUNED = {"cache", "wandb", "adapter", "checkpoint"}
 
 
@@ -41,6 +43,8 @@ class Record:
     """A row a step; what was not finite is NaN."""
     pairs: pd.DataFrame | None = None
     """``test_pairs.parquet``."""
+    trade_off: pd.DataFrame | None = None
+    """Of lists: ``trade_off.parquet``, or what ``mrpo_lab.merging`` has made of it."""
     problem: str = ""
     """Why it is not finished, in one line."""
 
@@ -90,6 +94,7 @@ def _read(folder: Path, now: float) -> Record:
         raise ValueError("config.yaml holds no keys")
     lines = folder / "metrics.jsonl"
     table = folder / "test_pairs.parquet"
+    trade_offs = [folder / name for name in TRADE_OFFS if (folder / name).exists()]
     last = max(p.stat().st_mtime for p in (folder / "config.yaml", lines) if p.exists())
     return record(
         _name(folder, config),
@@ -99,6 +104,7 @@ def _read(folder: Path, now: float) -> Record:
         _json(folder / "provenance.json").get("sessions", []),
         read_lines(lines.read_text() if lines.exists() else ""),
         pd.read_parquet(table) if table.exists() else None,
+        pd.read_parquet(trade_offs[0]) if trade_offs else None,
         silent_for=now - last,
     )
 
@@ -111,6 +117,7 @@ def record(
     sessions: list[dict[str, Any]],
     lines: Iterable[Mapping[str, Any]],
     pairs: pd.DataFrame | None,
+    trade_off: pd.DataFrame | None,
     silent_for: float,
 ) -> Record:
     """The one place where what was read becomes a record. ``silent_for``: seconds."""
@@ -125,7 +132,9 @@ def record(
         problem = f"at step {step}, last line {_ago(silent_for)} ago"
     elif status == "finished" and not math.isfinite(result.get("test/accuracy") or math.nan):
         status, problem = "failed", "its test accuracy is not a number"
-    return Record(name, source, status, config, result, sessions, metrics, pairs, problem)
+    return Record(
+        name, source, status, config, result, sessions, metrics, pairs, trade_off, problem
+    )
 
 
 def _name(folder: Path, config: Mapping[str, Any]) -> str:

@@ -112,6 +112,7 @@ def _row(
     shown = varying[choice.loss, choice.weighting]
     suffix = "".join(f" {k}={v}" for k, v in choice.parameters.items() if k in shown)
     single, name = bool(choice.reference), choice.weighting + suffix
+    asked = f" · λ {choice.weights}" if choice.weights else ""
     started = [str(s.get("started", "")) for s in record.sessions]
     return {
         "source": record.source,
@@ -121,7 +122,7 @@ def _row(
         "dataset": choice.dataset,
         "model": choice.model,
         "kind": "single" if single else "multi",
-        "method": f"dpo: {choice.reference}" if single else f"{choice.loss} · {name}",
+        "method": (f"dpo: {choice.reference}" if single else f"{choice.loss} · {name}") + asked,
         "loss": "dpo" if single else choice.loss,
         "weighting": "single" if single else name,
         "reference": choice.reference,

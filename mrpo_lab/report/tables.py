@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from mrpo_lab.report import mechanism
+from mrpo_lab.report import mechanism, trade_off
 from mrpo_lab.report.comparisons import accuracy_correlations, alpha_correlations
 from mrpo_lab.report.study import Study
 
@@ -284,6 +284,25 @@ def instability(study: Study) -> Table:
     )
 
 
+def volumes(study: Study) -> Table:
+    return Table(
+        "trade-off",
+        "trade_off",
+        "What each policy reaches on all aspects",
+        "On the test lists, ranked by implicit reward. Best: over the lambdas that were tried, "
+        "each aspect for itself.",
+        trade_off.volumes(study),
+        {
+            **ABOUT,
+            "seed": ("seed", whole),
+            "policy": ("policy", text),
+            "metric": ("metric", text),
+            "volume": ("hypervolume", three),
+            "best": ("best", text),
+        },
+    )
+
+
 def references(study: Study) -> Table:
     return Table(
         "references",
@@ -318,6 +337,7 @@ def all_tables(study: Study, compared: pd.DataFrame, provenance: list[Table]) ->
         *(correlation(study, target) for target in ("own", "single", "accuracy")),
         pair_weights(study),
         instability(study),
+        volumes(study),
         references(study),
         *provenance,
     ]

@@ -50,7 +50,7 @@ def record_of(run: Any) -> Record:
     """The record of one ``wandb.apis.public.Run``: its history, config, summary and files."""
     files = {file.name: _content(file) for file in run.files(names=list(FILES))}
     provenance = json.loads(files.get("provenance.json", "{}"))
-    pairs = files.get("test_pairs.parquet")
+    pairs, trade_off = (files.get(f"{name}.parquet") for name in ("test_pairs", "trade_off"))
     result = {key: value for key, value in plain(run.summary).items() if key[0] != "_"}
     if run.state in STATES and "status" not in result:
         result |= {"status": STATES[run.state], "error": f"W&B says {run.state}"}
@@ -62,6 +62,7 @@ def record_of(run: Any) -> Record:
         provenance.get("sessions", []),
         [{k: v for k, v in row.items() if k[0] != "_"} for row in run.scan_history()],
         pd.read_parquet(io.BytesIO(pairs)) if pairs else None,
+        pd.read_parquet(io.BytesIO(trade_off)) if trade_off else None,
         silent_for=_silence(run),
     )
 

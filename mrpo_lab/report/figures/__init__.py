@@ -2,10 +2,11 @@
 
 import pandas as pd
 
-from mrpo_lab.report.figures import accuracy, alpha, mechanism
+from mrpo_lab.report.figures import accuracy, alpha, mechanism, trade_off
 from mrpo_lab.report.figures.base import Figure
 from mrpo_lab.report.mechanism import SWEEPS
 from mrpo_lab.report.study import Study
+from mrpo_lab.report.trade_off import METRICS
 
 __all__ = ["Figure", "all_figures"]
 
@@ -33,6 +34,7 @@ def all_figures(study: Study, compared: pd.DataFrame) -> list[Figure]:
             alpha.rise_shares(study, dataset, "batch"),
             mechanism.pair_weights(study, dataset),
             *(mechanism.against(study, dataset, key) for key in SWEEPS),
+            *(trade_off.curves(study, dataset, metric) for metric in METRICS),
             mechanism.margins(study, dataset),
             mechanism.agreement(study, dataset),
         )

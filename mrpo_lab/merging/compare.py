@@ -1,16 +1,8 @@
-"""``python -m mrpo_lab.merging TOLD ALONE ...``: is telling a policy lambda worth it?
-
-TOLD is the folder of a run that was told lambda. Each ALONE is one that was not, trained on one
-aspect (``lambda.weights={ASPECT: 1}``), with the same data, seed and model. Their adapters are
-merged with weights lambda (peft's linear merge) at the lambdas that TOLD was tried at, and all are
-compared on TOLD's test lists.
-"""
+"""One policy that was told lambda, beside policies of one aspect and merges of their adapters."""
 
 from __future__ import annotations
 
-import argparse
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,18 +15,15 @@ from jaxtyping import Float
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from mrpo_lab.cli import fail
 from mrpo_lab.errors import UserError
 from mrpo_lab.evaluation import Data, Evaluation
 from mrpo_lab.main import Experiment
 from mrpo_lab.policy import Policy
-from mrpo_lab.progress import progress, quiet_libraries
-from mrpo_lab.trade_off import table, write_trade_off
+from mrpo_lab.progress import progress
 from mrpo_lab.workers import Workers
 
 SHARED = ("dataset", "model", "seed", "reference_set", "loss")
 """Sections of the configuration in which the runs must be alike."""
-COMPARED = "trade_off_compared.parquet"
 
 
 @dataclass(frozen=True)
@@ -151,25 +140,3 @@ def check(told: Finished, alone: Sequence[Finished]) -> dict[str, Finished]:
     if lacking := [aspect for aspect in aspects if aspect not in by_aspect]:
         raise UserError(f"no run was given that was trained on {lacking[0]} alone")
     return {aspect: by_aspect[aspect] for aspect in aspects}
-
-
-def main(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m mrpo_lab.merging", description=__doc__)
-    parser.add_argument("told", type=Path, help="folder of the run that was told lambda")
-    parser.add_argument("alone", type=Path, nargs="+", help="of a run on one aspect, for each")
-    asked = parser.parse_args(arguments)
-    quiet_libraries()
-    try:
-        told = Finished.read(asked.told)
-        rows = compare(told, check(told, [Finished.read(folder) for folder in asked.alone]))
-    except UserError as error:
-        fail(str(error))
-        return 2
-    file = told.folder / COMPARED
-    write_trade_off(file, rows)
-    print(table(rows, ["pairwise", "spearman", "ndcg"]) + f"\n{file}")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

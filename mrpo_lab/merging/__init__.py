@@ -1,0 +1,1 @@
+"""Trade-offs between aspects without telling lambda: adapters of single aspects, merged."""
