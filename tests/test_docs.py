@@ -22,6 +22,7 @@ from mrpo_lab import configs, losses
 from mrpo_lab.cli import named_seed
 from mrpo_lab.data.dataset import Dataset
 from mrpo_lab.data.rows import read_rows
+from mrpo_lab.merging import __main__ as merging
 from mrpo_lab.report import __main__ as report
 from mrpo_lab.report import wandb_runs
 from mrpo_lab.scores import Scores
@@ -106,6 +107,9 @@ OTHERS = [c for c in commands() if "train.py" not in c and c[:3] != REPORT]
 def test_other_command_names_what_exists(command: list[str]) -> None:
     if command[:3] == ["python", "-m", "launchers"]:
         parser().parse_args(command[3:])
+        return
+    if command[:3] == ["python", "-m", "mrpo_lab.merging"]:
+        merging.parser().parse_args(command[3:])
         return
     assert command[0] == "make", command
     targets = re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text(), re.M)

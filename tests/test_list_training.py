@@ -24,7 +24,9 @@ from test_processes import launch
 
 from mrpo_lab.aspects import conditioned
 from mrpo_lab.main import Experiment, run_experiment
+from mrpo_lab.merging import __main__ as merging
 from mrpo_lab.ranking import RANKINGS
+from mrpo_lab.report import __main__ as report
 from mrpo_lab.runs import Run
 from mrpo_lab.trade_off import curves, hypervolume, hypervolumes
 from mrpo_lab.trainer import Trainer
@@ -175,6 +177,60 @@ class TestToldLambda:
         assert len(set(values)) > 5  # lambda is heard
         volumes = hypervolumes(rows_, "pairwise")
         assert final["hypervolume"] == pytest.approx(volumes)
+
+
+class TestMerging:
+    """A policy that was told lambda, beside two of one aspect and their merges."""
+
+    @pytest.fixture
+    def runs(self, tmp_path: Path, lists: tuple[str, ...]) -> list[Path]:
+        small = "model.lora={r: 2, target_modules: [q_proj, v_proj]}"
+        told = trained(tmp_path / "told", *lists, small, "lambda=dirichlet", "lambda.grid=2")
+        alone = [
+            trained(tmp_path / aspect, *lists, small, f"lambda.weights={{{aspect}: 1}}")
+            for aspect in ("kind", "honest")
+        ]
+        return [told, *alone]
+
+    def test_at_the_corners_merges_are_the_policies_of_one_aspect(
+        self, runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert merging.main(list(map(str, runs))) == 0
+        shown = capsys.readouterr().out
+        assert "kind alone" in shown
+        found = pq.read_table(runs[0] / "trade_off_compared.parquet").to_pylist()
+
+        def values(policy: str, kind: float | None = None) -> list[float]:
+            return [
+                row["value"]
+                for row in found
+                if row["policy"] == policy and row["ranked_by"] == "logp"
+                if kind is None or row["lambda/kind"] == kind
+            ]
+
+        assert values("merged", 1.0) == pytest.approx(values("kind alone"), abs=1e-9)
+        assert values("merged", 0.0) == pytest.approx(values("honest alone"), abs=1e-9)
+        assert len(values("merged")) == 3 * len(values("kind alone"))
+
+        assert report.main([str(tmp_path), "--out", str(tmp_path / "report")]) == 0
+        table = (tmp_path / "report" / "tables" / "trade-off.csv").read_text()
+        for policy in ("base", "told lambda", "not told", "merged", "kind alone"):
+            assert f",{policy}," in table
+        assert "λ dirichlet concentration=1.0, told" in table
+        assert len(list((tmp_path / "report" / "figures").glob("*trade-off-*.pdf"))) == 4
+
+    def test_what_does_not_belong_together_is_refused(
+        self, runs: list[Path], capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        told, kind, honest = map(str, runs)
+        for arguments, message in (
+            ([kind, kind, honest], "this policy was not told lambda"),
+            ([told, kind], "no run was given that was trained on honest alone"),
+            ([told, told, honest], "not trained on one aspect alone"),
+            ([str(Path(told).parent), kind], "no run; a run is a folder with config.yaml"),
+        ):
+            assert merging.main(arguments) == 2
+            assert message in capsys.readouterr().err
 
 
 class TestHypervolume:

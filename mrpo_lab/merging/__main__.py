@@ -19,16 +19,20 @@ from mrpo_lab.progress import quiet_libraries
 from mrpo_lab.trade_off import table, write_trade_off
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Exit code; the table goes beside TOLD's own, where the report finds it."""
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(
         prog="python -m mrpo_lab.merging",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("told", type=Path, metavar="TOLD")
-    parser.add_argument("alone", type=Path, nargs="+", metavar="ALONE")
-    asked = parser.parse_args(arguments)
+    made.add_argument("told", type=Path, metavar="TOLD")
+    made.add_argument("alone", type=Path, nargs="+", metavar="ALONE")
+    return made
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Exit code; the table goes beside TOLD's own, where the report finds it."""
+    asked = parser().parse_args(arguments)
     quiet_libraries()
     from mrpo_lab.merging.compare import Finished, check, compare
 

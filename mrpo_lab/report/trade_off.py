@@ -16,6 +16,7 @@ METRICS = {
     "ndcg": "NDCG",
     "top1": "best reply on top",
 }
+TOLD, UNTOLD = "told lambda", "not told"
 COLUMNS = ["dataset", "method", "seed", "policy", "told", "aspect", "ranked_by", "metric", "value"]
 
 
@@ -51,8 +52,10 @@ def volumes(study: Study) -> pd.DataFrame:
 
 
 def _tables(study: Study) -> Iterator[tuple[dict[str, Any], pd.DataFrame]]:
-    """What a run is called, and its table."""
+    """What a run is called, and its table; ``trained`` says whether it was told lambda."""
     for run in study.runs.itertuples() if len(study.runs) else ():
-        table = study.records[str(run.source)].trade_off
-        if table is not None and run.role != "left out":
+        record = study.records[str(run.source)]
+        if record.trade_off is not None and run.role != "left out":
+            name = TOLD if record.config["lambda"]["condition"] else UNTOLD
+            table = record.trade_off.replace({"policy": {"trained": name}})
             yield {"dataset": run.dataset, "method": run.method, "seed": run.seed}, table

@@ -7,12 +7,21 @@ from itertools import combinations
 import altair as alt
 import pandas as pd
 
-from mrpo_lab.report.figures.base import BLUE, FACET_WIDTH, GRAY, GREEN, ORANGE, Figure, points
+from mrpo_lab.report.figures.base import (
+    BLUE,
+    FACET_WIDTH,
+    GRAY,
+    GREEN,
+    ORANGE,
+    PURPLE,
+    Figure,
+    points,
+)
 from mrpo_lab.report.study import Study
-from mrpo_lab.report.trade_off import METRICS, trade_offs
+from mrpo_lab.report.trade_off import METRICS, TOLD, UNTOLD, trade_offs
 
-COLORS = {"base": GRAY, "trained": BLUE, "merged": ORANGE}
-SHAPES = {"base": "cross", "trained": "circle", "merged": "square"}
+COLORS = {"base": GRAY, TOLD: BLUE, UNTOLD: PURPLE, "merged": ORANGE}
+SHAPES = {"base": "cross", TOLD: "circle", UNTOLD: "triangle-up", "merged": "square"}
 ALONE = (GREEN, "diamond")
 """Policies of one aspect alone."""
 
@@ -65,7 +74,7 @@ def curves(study: Study, dataset: str, metric: str) -> Figure | None:
         dataset,
         f"Trade-off between aspects: {METRICS[metric]}",
         "How well the implicit rewards rank the replies of the test lists by each aspect, means "
-        "over seeds. Trained: one policy, told another lambda at each point. Merged: the adapters "
+        "over seeds. Told: one policy, told another lambda at each point. Merged: the adapters "
         "of policies of one aspect alone, merged with weights lambda. Up and right is better; a "
         "curve that reaches further than the others gives more of both.",
         chart,
