@@ -37,15 +37,17 @@ class Row:
 def compare(work: Work) -> Iterator[Row]:
     """Training, then scoring."""
     tokens = TOKENS[work.dtype]
-    peak = measure("peak", 0, work)["flops_per_second"]
     ours = measure("ours_training", tokens, work)
     assert ours["packs"]
+    peak = measure("peak", 0, work)["flops_per_second"]
     small, default = (measure("trl_training", size, work) for size in (1, work.batch))
     best = max(small, default, key=lambda trl: trl["pairs_per_second"])
     name = f"{work.name()}, {work.dtype}"
     yield speed(f"training, {name}", ours, best)
     yield memory(f"memory, {name}, TRL at its best", ours, best)
     yield memory(f"memory, {name}, TRL at micro-batch {work.batch}", ours, default)
+    # Shared machines change their speed by the minute: the faster of two readings.
+    peak = max(peak, measure("peak", 0, work)["flops_per_second"])
     share = ours["flops_per_second"] / peak
     yield Row(
         f"share of the matmul peak, {name}",
