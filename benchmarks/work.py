@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import os
 import resource
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -16,6 +20,7 @@ from mrpo_lab.chat import Item, TokenRow
 from mrpo_lab.data.rows import parse_item, read_rows
 from mrpo_lab.packing import pack
 from mrpo_lab.policy import PolicyConfig
+from mrpo_lab.workers import Workers
 
 LORA: dict[str, Any] = {
     "r": 32,
@@ -39,6 +44,7 @@ class Work:
     """Timed, after one that is not."""
     threads: int
     quantization: str | None = None
+    gradient_checkpointing: bool = False
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -49,7 +55,22 @@ class Work:
             dtype=self.dtype,
             quantization=self.quantization,
             lora=LORA if lora else None,
+            gradient_checkpointing=self.gradient_checkpointing,
         )
+
+    def quantized(self) -> dict[str, Any]:
+        """What ``from_pretrained`` wants to load the model as ``policy`` does."""
+        if self.quantization is None:
+            return {}
+        from transformers import BitsAndBytesConfig
+
+        assert self.quantization == "nf4"
+        config = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_compute_dtype=getattr(torch, self.dtype),
+        )
+        return {"quantization_config": config, "device_map": {"": Workers.start().device}}
 
     def pairs(self) -> tuple[list[Item], list[tuple[TokenRow, ...]]]:
         """(texts, token rows) of as many pairs as are needed: the file's first that fit."""
@@ -75,19 +96,51 @@ class Work:
         return Path(self.data).name.split(".")[0]
 
 
+def measure(who: str, size: int, work: Work) -> dict[str, Any]:
+    """What a contestant prints last, in a fresh process.
+
+    Raises:
+        SystemExit: it failed, with what it said.
+    """
+    print(f"{work.name()} {work.dtype}: {who} {size} ...", file=sys.stderr, flush=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.contestants", who, str(size), work.to_json()],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": str(work.threads), "HF_HUB_OFFLINE": "1"},
+    )
+    if done.returncode:
+        raise SystemExit(f"{who}: {done.stderr[-3000:]}")
+    numbers: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return numbers
+
+
+def linear_weights(model: Any) -> list[tuple[int, bool]]:
+    """(number, whether trained) of the weights in each product but the head's."""
+    return [
+        # A packed 4-bit weight counts two numbers a byte.
+        (p.numel() * (2 if p.dtype == torch.uint8 else 1), p.requires_grad)
+        for name, p in model.named_parameters()
+        if p.ndim == 2 and "embed" not in name and "lm_head" not in name
+    ]
+
+
+def plain_flops(model: Any, items: Sequence[tuple[TokenRow, ...]], each: int) -> float:
+    """``each`` operations a weight and token of every row by itself: neither attention nor head
+    nor padding counts. By custom 2 for a forward pass, 4 with LoRA's backward pass."""
+    tokens = sum(len(row.ids) for rows in items for row in rows)
+    return float(each * tokens * sum(number for number, _ in linear_weights(model)))
+
+
 def flops(model: Any, items: Sequence[tuple[TokenRow, ...]], backward: bool) -> float:
     """Floating point operations that rows with shared prompts need, nothing computed twice: a
     forward pass, and if ``backward`` the gradients of activations and of what is trained."""
     config = model.config.get_text_config()
-    parameters = [(n, p) for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
-    # A packed 4-bit weight counts two numbers a byte.
-    sizes = [
-        (p.numel() * (2 if p.dtype == torch.uint8 else 1), p.requires_grad)
-        for n, p in parameters
-        if "lm_head" not in n
-    ]
     # 2 a weight and token forward, 2 for the activation's gradient, 2 for the weight's own.
-    per_token = sum(n * (2 + (4 if trained else 2) * backward) for n, trained in sizes)
+    per_token = sum(
+        n * (2 + (4 if trained else 2) * backward) for n, trained in linear_weights(model)
+    )
     layout = pack(items, torch.device("cpu")).layout
     seen = sum(s.length * s.prefix + s.length * (s.length + 1) // 2 for s in layout.segments)
     width = config.num_attention_heads * (
@@ -122,6 +175,14 @@ def peak_gib() -> float:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_reserved() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def forget_peak() -> None:
+    """Let ``peak_gib`` count from now on, where that can be: on a GPU."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
 
 
 def matmul_peak(dtype: torch.dtype, device: torch.device) -> float:

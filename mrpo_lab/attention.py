@@ -111,6 +111,7 @@ class BlockAttention(torch.autograd.Function):
         layout: Layout,
         how: How,
     ) -> Float[Tensor, "H N D"]:
+        query = query * how.scale
         ctx.save_for_backward(query, key, value)
         ctx.layout, ctx.how = layout, how
         # Laid out by token, as the projection that follows reads it.
@@ -138,7 +139,7 @@ class BlockAttention(torch.autograd.Function):
             dquery[:, block.rows] = (ds @ k).reshape(len(query), -1, query.shape[-1])
             block.add(dkey, ds.transpose(1, 2) @ q)
             block.add(dvalue, p.transpose(1, 2) @ dout)
-        return dquery.mul_(how.scale), dkey.mul_(how.scale), dvalue, None, None
+        return dquery.mul_(how.scale), dkey, dvalue, None, None
 
 
 block_attention: Callable[..., Tensor] = BlockAttention.apply
@@ -148,6 +149,8 @@ class Block:
     """Some queries of one segment, and the keys that they see: of its prefix, then its own."""
 
     def __init__(self, rows: slice, prefix: slice, own: slice) -> None:
+        if prefix.stop == own.start:  # as with an item's first reply: no need to put together
+            prefix, own = slice(prefix.start, prefix.start), slice(prefix.start, own.stop)
         self.rows, self.prefix, self.own = rows, prefix, own
         self.shared = prefix.stop - prefix.start
         self.size = rows.stop - rows.start
@@ -180,21 +183,19 @@ def blocks(layout: Layout, window: int) -> Iterator[Block]:
 
 
 def _scores(q: Float[Tensor, "G m D"], k: Float[Tensor, "G S D"], how: How) -> Tensor:
-    scores = (q * how.scale) @ k.transpose(1, 2)
+    scores = q @ k.transpose(1, 2)
     return scores if how.softcap is None else how.softcap * torch.tanh(scores / how.softcap)
 
 
 def _softmax(scores: Float[Tensor, "G m S"], block: Block, window: int) -> Float[Tensor, "G m S"]:
-    """Over the keys that each query may see, computed in float32."""
+    """Over the keys that each query may see; torch computes 16 bits' in float32."""
     groups, _, keys = scores.shape
     by_query = scores.view(groups, -1, block.size, keys)
     recent = keys - block.size
     by_query[..., recent:] += _future(block.size, scores.dtype, scores.device)
     if keys > window:
         by_query += _beyond(block.size, keys, window, scores.dtype, scores.device)
-    return torch.softmax(scores, -1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(
-        scores.dtype
-    )
+    return torch.softmax(scores, -1)
 
 
 @cache

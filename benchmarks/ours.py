@@ -1,0 +1,112 @@
+"""This project, run and measured from outside."""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import hydra
+import numpy as np
+import torch
+from omegaconf import DictConfig
+
+from benchmarks.work import BETA
+from mrpo_lab.aspects import Labels
+from mrpo_lab.chat import TokenRow
+from mrpo_lab.evaluation import Data
+from mrpo_lab.lambdas import FixedLambda
+from mrpo_lab.losses import PreferenceLoss, dpo, logistic, no_clip
+from mrpo_lab.policy import Policy
+from mrpo_lab.runs import Run
+from mrpo_lab.scores import Scores
+from mrpo_lab.seeding import Seeds
+from mrpo_lab.tracking import LocalTracker
+from mrpo_lab.train_config import TrainConfig
+from mrpo_lab.trainer import Trainer
+from mrpo_lab.weighting import Weighting
+from mrpo_lab.workers import Workers
+
+CONF = str(Path(__file__).parents[1] / "conf")
+DPO = PreferenceLoss(combine=dpo, link=logistic, clip=no_clip, beta=BETA, length_normalized=False)
+
+
+def compose(overrides: Sequence[str]) -> DictConfig:
+    """What ``train.py OVERRIDE ...`` would run."""
+    with hydra.initialize_config_dir(CONF, version_base="1.3"):
+        return hydra.compose("config", overrides=list(overrides))
+
+
+@contextmanager
+def trainer_of(
+    policy: Policy,
+    rows: list[tuple[TokenRow, ...]],
+    refs: Scores,
+    config: TrainConfig,
+    weighting: Weighting,
+    loss: PreferenceLoss = DPO,
+    splits: tuple[int, int] | None = None,
+) -> Iterator[Trainer]:
+    """A trainer in a folder that is thrown away, without a configuration.
+
+    ``refs``: (N, K, R). ``splits``: numbers of val and test pairs, the last of ``rows``; all pairs
+    are in every split without it.
+    """
+    train = val = test = np.arange(len(rows))
+    if splits:
+        train, val, test = np.split(train, [len(rows) - sum(splits), len(rows) - splits[1]])
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = Trainer(
+            config,
+            policy,
+            Data(
+                rows=rows,
+                refs=refs,
+                labels=Labels.of_pairs(len(rows)),
+                slugs=[f"reference-{k}" for k in range(refs.sums.shape[1])],
+                names=str,
+                fingerprint="",
+                ids=np.zeros((len(rows), 2), dtype="S16"),
+                train=train,
+                val=val,
+                test=test,
+            ),
+            loss,
+            weighting,
+            FixedLambda(),
+            lambda parameters: torch.optim.AdamW(parameters, lr=1e-4),
+            Seeds(0),
+            Workers.start(),
+            Run(Path(folder), "bench", {}),
+            LocalTracker(),
+        )
+        trainer.start({})
+        yield trainer
+
+
+class Clock:
+    """Seconds spent in functions that are measured from outside, by name."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self.calls: dict[str, int] = {}
+
+    def watch(self, owner: Any, name: str) -> None:
+        """Count the calls of ``owner.name`` from now on, and the time they take."""
+        real = getattr(owner, name)
+        self.seconds[name], self.calls[name] = 0.0, 0
+
+        @functools.wraps(real)
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            began = time.perf_counter()
+            try:
+                return real(*args, **kwargs)
+            finally:
+                self.seconds[name] += time.perf_counter() - began
+                self.calls[name] += 1
+
+        setattr(owner, name, timed)
