@@ -33,6 +33,7 @@ REQUIRED = {
     "dataset=jsonl": ["dataset.path=pairs.jsonl"],
     "dataset=jsonl_lists": ["dataset.path=lists.jsonl"],
     "lambda=table": ["lambda.rows=[{a: 1}]"],
+    "experiment=trade_off": ["dataset.path=lists.jsonl"],
     "weighting=fixed": ["weighting.weights=[1,2,3]"],
     "reference_set=custom": ["reference_set.entries=[{slug: a, path: a/b}]"],
 }

@@ -41,6 +41,7 @@ def curves(study: Study, dataset: str, metric: str) -> Figure | None:
         for a, b in combinations(aspects, 2)
     ]
     table = pd.concat(parts).reset_index().round(4)
+    table["place"] = table["told"].rank(method="dense")  # along the curve, by the first aspect
     policies = list(dict.fromkeys(table["policy"]))
     colors = [COLORS.get(policy, ALONE[0]) for policy in policies]
     shapes = [SHAPES.get(policy, ALONE[1]) for policy in policies]
@@ -50,7 +51,7 @@ def curves(study: Study, dataset: str, metric: str) -> Figure | None:
         color=alt.Color("policy:N", scale=alt.Scale(domain=policies, range=colors)),
     )
     line = base.mark_line(strokeWidth=1.5, opacity=0.6).encode(
-        order="told:N", detail=["method:N", "policy:N"]
+        order="place:Q", detail=["method:N", "policy:N"]
     )
     dots = base.mark_point(filled=True, size=70, opacity=0.95).encode(
         shape=alt.Shape("policy:N", scale=alt.Scale(domain=policies, range=shapes)),
