@@ -74,10 +74,12 @@ class Labels:
 def conditioned(
     prompt: Sequence[Message], aspects: Sequence[str], weights: Sequence[float]
 ) -> tuple[Message, ...]:
-    """The prompt with lambda in its system message. A template without such a role has it put
-    before the first user message, as any system message."""
-    said = ", ".join(f"{aspect} {w:.2f}" for aspect, w in zip(aspects, weights, strict=True))
-    request = f"Weights of what matters in the reply: {said}."
+    """The prompt with lambda in its system message, the weightiest aspect first and those of no
+    weight unsaid. A template without such a role has it put before the first user message, as any
+    system message."""
+    ranked = sorted(zip(aspects, weights, strict=True), key=lambda pair: -pair[1])
+    said = ", ".join(f"{aspect} {weight:.2f}" for aspect, weight in ranked if weight >= 0.005)
+    request = f"What matters in the reply: {said}."
     if prompt[0]["role"] == "system":
         request = f"{prompt[0]['content']}\n\n{request}"
         prompt = prompt[1:]

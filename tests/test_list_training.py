@@ -130,11 +130,11 @@ class TestToldLambda:
         (system, asked) = conditioned((ask,), ["kind", "honest"], [0.25, 0.75])
         assert asked == ask
         assert system["role"] == "system"
-        assert system["content"] == "Weights of what matters in the reply: kind 0.25, honest 0.75."
+        assert system["content"] == "What matters in the reply: honest 0.75, kind 0.25."
         brief = {"role": "system", "content": "Be brief."}
-        (system, asked) = conditioned((brief, ask), ["kind"], [1.0])
+        (system, asked) = conditioned((brief, ask), ["kind", "honest"], [1.0, 0.0])
         assert asked == ask
-        assert system["content"].startswith("Be brief.\n\nWeights of what matters")
+        assert system["content"] == "Be brief.\n\nWhat matters in the reply: kind 1.00."
 
     def test_policy_sees_it_and_references_do_not(
         self, tmp_path: Path, lists: tuple[str, ...]
@@ -146,7 +146,7 @@ class TestToldLambda:
         (told,) = data.tokens([3], torch.tensor([0.25, 0.75]).double())
         for row in told:
             text = tokenizer.decode(row.ids)
-            assert "kind 0.25, honest 0.75" in text
+            assert "honest 0.75, kind 0.25" in text
             assert prepared.items[3].prompt[0]["content"] in text
         plain = Experiment.build(compose(*lists), Workers.start()).data(prepared)
         assert torch.equal(plain.refs.sums, data.refs.sums)
