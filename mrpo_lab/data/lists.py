@@ -128,20 +128,26 @@ class ListDataset(FileDataset):
         """Each split's lists as its pairs: no prompt is in two splits that was not before."""
         wanted = self.by or dict.fromkeys(self._aspects, 1.0)
         order = lists.labels.mix(torch.tensor([wanted.get(a, 0.0) for a in self._aspects]).double())
-        chosen: list[tuple[int, int, int]] = []
-        splits, tied = {}, 0
+        chosen: list[tuple[int, list[tuple[int, int]]]] = []
+        splits, tied, pairs = {}, 0, 0
         for name in SPLITS:
-            begin = len(chosen)
+            begin = pairs
             for n in lists.splits[name].tolist():
                 found = list(self._pairs(order[n, : len(lists.items[n].replies)].tolist()))
                 tied += not found
-                chosen += [(n, i, j) for i, j in found]
-            splits[name] = np.arange(begin, len(chosen))
-            if begin == len(chosen):
+                pairs += len(found)
+                chosen.append((n, found))
+            splits[name] = np.arange(begin, pairs)
+            if begin == pairs:
                 raise UserError(f"dataset.pairs: no two replies of the {name} split differ")
-        items = Items.of(_of(lists.items[n], (i, j), rated=False) for n, i, j in chosen)
-        counts = {**lists.counts, "lists_all_tied": tied, "pairs": len(items)}
-        return Prepared(items, Labels.of_pairs(len(items)), splits, counts)
+        items = Items.of(
+            _of(item, pair, rated=False)
+            for n, found in chosen
+            for item in [lists.items[n]]
+            for pair in found
+        )
+        counts = {**lists.counts, "lists_all_tied": tied, "pairs": pairs}
+        return Prepared(items, Labels.of_pairs(pairs), splits, counts)
 
     def _pairs(self, order: Sequence[float]) -> Iterator[tuple[int, int]]:
         """(better, worse) by how much each reply is preferred."""
