@@ -182,7 +182,7 @@ class Experiment:
         """The pairs, filtered by the tokenizers of all references and of the policy."""
         models = [self.model, *self.references.all]
         absent: list[NotAtHandError] = []
-        items: list[Item] = []
+        items: Sequence[Item] = ()
         with collecting(absent):
             items = self.dataset.read()
         for model in models:

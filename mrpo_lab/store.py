@@ -13,7 +13,8 @@ import json
 import logging
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from array import array
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,19 +39,26 @@ NONE = b""
 """In place of the id of a reply that a shorter list does not have: its numbers are 0."""
 
 
-def reply_ids(items: Sequence[Item]) -> np.ndarray:
+def reply_ids(items: Iterable[Item]) -> np.ndarray:
     """(N, R) ids, each the 16-byte hash of a prompt and one reply to it; ``NONE`` where an item
     has fewer than R replies."""
-    width = max((len(item.replies) for item in items), default=0)
-    ids = []
+    return text_ids(items)[1]
+
+
+def text_ids(items: Iterable[Item]) -> tuple[np.ndarray, np.ndarray]:
+    """(N,) hashes of the prompts alone, and ``reply_ids``."""
+    prompts, digests, replies = bytearray(), bytearray(), array("q")
     for item in items:
         turns = json.dumps([[m["role"], m["content"]] for m in item.prompt])
         prompt = hashlib.blake2b(turns.encode()).digest()
+        prompts += prompt[: ID.itemsize]
         for reply in item.replies:
             content = prompt + reply.encode(errors="surrogatepass")
-            ids.append(hashlib.blake2b(content, digest_size=ID.itemsize).digest())
-        ids += [NONE] * (width - len(item.replies))
-    return np.array(ids, dtype=ID).reshape(len(items), -1)
+            digests += hashlib.blake2b(content, digest_size=ID.itemsize).digest()
+        replies.append(len(item.replies))
+    ids = np.full((len(replies), max(replies, default=1)), NONE, dtype=ID)
+    ids[np.arange(ids.shape[1]) < np.array(replies)[:, None]] = np.frombuffer(digests, dtype=ID)
+    return np.frombuffer(prompts, dtype=ID), ids
 
 
 @dataclass(frozen=True)
@@ -71,14 +79,10 @@ class Table:
         digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
         folder = cache.root() / kind / digest
         text = json.dumps({"first_opened_as": name, **content}, indent=2)
-        try:
+        with cache.writing():
             folder.mkdir(parents=True, exist_ok=True)
             if not (folder / "key.json").exists():
                 write_whole(folder / "key.json", text.encode())
-        except OSError as error:
-            raise UserError(
-                f"cannot write to the cache {cache.root()}: {error.strerror}: set MRPO_LAB_CACHE"
-            ) from error
         return cls(folder, columns)
 
     def read(self, ids: np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray]:

@@ -164,7 +164,7 @@ class TestFilters:
     ) -> None:
         strict = Tokenization("mistral", tiny7_dir / "tiny-mistral")
         pairs = some_pairs(12)
-        items = dataset(pairs).read()
+        items = list(dataset(pairs).read())
         twice = ({"role": "user", "content": "Hello!"}, *items[3].prompt)
         items[3] = Item(twice, items[3].replies)
         rng = np.random.default_rng(0)
@@ -175,7 +175,7 @@ class TestFilters:
 
     def test_what_templates_bend_is_counted(self, tokenizers: list[Tokenization]) -> None:
         pairs = some_pairs(12)
-        items = dataset(pairs).read()
+        items = list(dataset(pairs).read())
         system = {"role": "system", "content": "Be brief."}
         items[:5] = [Item((system, *item.prompt), item.replies) for item in items[:5]]
         prepared = dataset(pairs).prepare(items, tokenizers, np.random.default_rng(0))
@@ -375,10 +375,10 @@ class TestRealData:
         data = shared(name)
         items = data.read()
         counts = Counter(rows=len(items))
-        kept, ids = data._distinct(items, counts)
+        kept = data._distinct(items, counts)
         assert {key: counts[key] for key in STATED[name]} == STATED[name]
-        assert len(kept) == len(ids) == len(items) - counts["dropped_identical_or_duplicate"]
-        assert len({row.tobytes() for row in ids}) == len(kept)
+        assert len(kept) == len(kept.ids) == len(items) - counts["dropped_identical_or_duplicate"]
+        assert len({row.tobytes() for row in kept.ids}) == len(kept)
 
     def test_transcripts_and_message_lists(self) -> None:
         talks = [item.prompt for item in shared("hh_rlhf_short").read()]

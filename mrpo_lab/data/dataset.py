@@ -5,17 +5,17 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 
 from mrpo_lab.aspects import Labels
 from mrpo_lab.chat import Item
+from mrpo_lab.data.items import Items
 from mrpo_lab.data.rows import Row, parse_item, read_rows
 from mrpo_lab.errors import UserError
-from mrpo_lab.store import NONE, reply_ids
+from mrpo_lab.store import NONE
 from mrpo_lab.tokenization import Lengths, Tokenization
 
 SPLITS = ("train", "val", "test")
@@ -23,14 +23,18 @@ SPLITS = ("train", "val", "test")
 
 @dataclass(frozen=True)
 class Prepared:
-    """The pool, its reply ids, what is known of the replies, the splits (indices into the pool) and
-    what was counted."""
+    """The pool, what is known of the replies, the splits (indices into the pool) and what was
+    counted."""
 
-    items: list[Item]
-    ids: np.ndarray
+    items: Items
     labels: Labels
     splits: Mapping[str, np.ndarray]
     counts: dict[str, int]
+
+    @property
+    def ids(self) -> np.ndarray:
+        """(N, R), of the replies; see ``reply_ids``."""
+        return self.items.ids
 
     def fingerprint(self) -> str:
         """Of the texts, labels and splits: a run continues only on the same data."""
@@ -78,13 +82,13 @@ class Dataset(ABC):
     def rows(self) -> Iterator[tuple[str, Row]]:
         """(where a row stands, the row)."""
 
-    def read(self) -> list[Item]:
+    def read(self) -> Items:
         """Every row as a prompt with its replies.
 
         Raises:
             UserError: nothing to read, or a malformed row.
         """
-        items = [self.parse(row, where) for where, row in self.rows()]
+        items = Items.of(self.parse(row, where) for where, row in self.rows())
         if not items:
             raise UserError("dataset: no rows")
         return items
@@ -98,7 +102,7 @@ class Dataset(ABC):
         return Labels.of_pairs(len(items))
 
     def prepare(
-        self, items: list[Item], tokenizers: Sequence[Tokenization], rng: np.random.Generator
+        self, items: Sequence[Item], tokenizers: Sequence[Tokenization], rng: np.random.Generator
     ) -> Prepared:
         """Count oddities, filter, draw the pool, and split it with ``rng``.
 
@@ -106,9 +110,8 @@ class Dataset(ABC):
             UserError: no pairs left, or too few for the splits.
         """
         counts: Counter[str] = Counter(rows=len(items))
-        items = self.usable(items, counts)
-        items, ids = self._distinct(items, counts)
-        keep = self._eligible(items, ids, tokenizers, counts)
+        distinct = self._distinct(Items.of(self.usable(items, counts)), counts)
+        keep = self._eligible(distinct, tokenizers, counts)
         counts["eligible"] = len(keep)
         if not len(keep):
             raise UserError(f"dataset: no pairs left after filtering: {describe(counts)}")
@@ -121,50 +124,37 @@ class Dataset(ABC):
             # The published pool is drawn with numpy's legacy generator; so is ours.
             draw = np.random.RandomState(self.pool_seed).choice(len(keep), self.pool, replace=False)
             keep = keep[draw]
-        items = [items[i] for i in keep]
-        splits = self._split(len(items), rng)
-        counts["test_prompts_in_train"] = _shared_prompts(items, splits)
-        return Prepared(items, ids[keep], self.labels(items), splits, dict(counts))
+        pool = distinct[keep]
+        splits = self._split(len(pool), rng)
+        counts["test_prompts_in_train"] = _shared_prompts(pool, splits)
+        return Prepared(pool, self.labels(pool), splits, dict(counts))
 
-    def usable(self, items: list[Item], counts: Counter[str]) -> list[Item]:
+    def usable(self, items: Sequence[Item], counts: Counter[str]) -> Iterable[Item]:
         """What is left of the items before the filters that all data sets share."""
         return items
 
-    def _distinct(self, items: list[Item], counts: Counter[str]) -> tuple[list[Item], np.ndarray]:
+    def _distinct(self, items: Items, counts: Counter[str]) -> Items:
         """Count oddities of the texts; drop identical and duplicate pairs where asked."""
-        ids = reply_ids(items)
-        seen: set[bytes] = set()
-        keep = []
-        for index, (item, row) in enumerate(zip(items, ids, strict=True)):
-            different = sorted(set(item.replies))
-            identical, duplicate = len(different) < len(item.replies), row.tobytes() in seen
-            seen.add(row.tobytes())
-            counts["empty_replies"] += any(not reply.strip() for reply in item.replies)
-            counts["identical_replies"] += identical
-            counts["prefix_replies"] += not identical and any(
-                longer.startswith(shorter) for shorter, longer in pairwise(different)
-            )
-            counts["duplicates"] += duplicate
-            if not ((identical and self.drop_identical) or (duplicate and self.drop_duplicates)):
-                keep.append(index)
-        counts["dropped_identical_or_duplicate"] = len(items) - len(keep)
-        return [items[i] for i in keep], ids[keep]
+        duplicate = _seen_before(items.ids)
+        counts["empty_replies"] = int(items.empty.sum())
+        counts["identical_replies"] = int(items.identical.sum())
+        counts["prefix_replies"] = int(items.prefix.sum())
+        counts["duplicates"] = int(duplicate.sum())
+        dropped = (items.identical & self.drop_identical) | (duplicate & self.drop_duplicates)
+        counts["dropped_identical_or_duplicate"] = int(dropped.sum())
+        return items[~dropped]
 
     def _eligible(
-        self,
-        items: list[Item],
-        ids: np.ndarray,
-        tokenizers: Sequence[Tokenization],
-        counts: Counter[str],
+        self, items: Items, tokenizers: Sequence[Tokenization], counts: Counter[str]
     ) -> np.ndarray:
         """Indices that pass the protocol's filters, in its order (2512.10040, appendix)."""
-        measured = [tokenizer.lengths(items, ids) for tokenizer in tokenizers]
+        measured = [tokenizer.lengths(items, items.ids) for tokenizer in tokenizers]
         prompts = np.stack([m.prompt.max(-1) for m in measured]).max(0)  # (N,)
         totals = np.stack([m.prompt + m.reply for m in measured]).max(0)  # (N, R)
         replies = np.stack([m.reply for m in measured])  # (tokenizers, N, R)
         counts["prefix_broken"] = sum(int(m.prefix_broken.any(-1).sum()) for m in measured)
         counts["system_folded"] = sum(int(m.system_folded.any(-1).sum()) for m in measured)
-        present = ids != NONE
+        present = items.ids != NONE
         keep = np.arange(len(items))
 
         def drop(name: str, passes: np.ndarray) -> None:
@@ -181,7 +171,7 @@ class Dataset(ABC):
             drop("short_reply", ((longest[keep] > floor) | ~present[keep]).all(-1))
         cut = keep[((totals > self.max_tokens) | ~present)[keep].all(-1)]
         counts["identical_after_truncation"] = _same_when_cut(
-            [items[i] for i in cut],
+            items[cut],
             tokenizers,
             [Lengths(*(column[cut] for column in m)) for m in measured],
             self.max_tokens,
@@ -231,10 +221,18 @@ def describe(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{name.replace('_', ' ')} {n:,}" for name, n in counts.items() if n)
 
 
-def _shared_prompts(items: Sequence[Item], splits: Mapping[str, np.ndarray]) -> int:
+def _seen_before(ids: np.ndarray) -> np.ndarray:
+    """Which rows are equal to one above."""
+    rows = np.ascontiguousarray(ids).view(f"S{ids.itemsize * ids.shape[1]}").reshape(-1)
+    seen = np.ones(len(rows), dtype=bool)
+    seen[np.unique(rows, return_index=True)[1]] = False
+    return seen
+
+
+def _shared_prompts(items: Items, splits: Mapping[str, np.ndarray]) -> int:
     """Test pairs whose prompt is also trained on: their accuracy is not that of new prompts."""
-    trained = {str(items[i].prompt) for i in splits["train"]}
-    return sum(str(items[i].prompt) in trained for i in splits["test"])
+    trained, tested = (items.prompts[splits[name]] for name in ("train", "test"))
+    return int(np.isin(tested, trained).sum())
 
 
 def _same_when_cut(
@@ -248,8 +246,8 @@ def _same_when_cut(
     same = np.any([(m.prompt >= max_tokens).all(-1) for m in measured], axis=0)
     for tokenizer, m in zip(tokenizers, measured, strict=True):
         both_cut = (m.prompt + m.reply >= max_tokens).all(-1)
-        unsure = np.flatnonzero(both_cut & ~same).tolist()
-        for index, rows in zip(unsure, tokenizer.rows([items[i] for i in unsure]), strict=True):
+        unsure = np.flatnonzero(both_cut & ~same)
+        for index, rows in zip(unsure, tokenizer.stream(items, unsure), strict=True):
             first, *others = (row.ids[:max_tokens] for row in rows or ())
             same[index] = any(np.array_equal(first, other) for other in others)
     return int(same.sum())

@@ -15,6 +15,7 @@ import torch
 from mrpo_lab.aspects import Labels
 from mrpo_lab.chat import Item
 from mrpo_lab.data.dataset import SPLITS, FileDataset, Prepared
+from mrpo_lab.data.items import Items
 from mrpo_lab.data.rows import Row, as_prompt, checked
 from mrpo_lab.errors import UserError
 from mrpo_lab.store import reply_ids
@@ -53,7 +54,7 @@ class ListDataset(FileDataset):
     def parse(self, row: Row, where: str) -> Item:
         return parse_list(row, where)
 
-    def read(self) -> list[Item]:
+    def read(self) -> Items:
         items = super().read()
         found = list(dict.fromkeys(aspect for item in items for aspect in item.ratings))
         self._aspects = self.aspects if self.aspects is not None else found
@@ -62,10 +63,9 @@ class ListDataset(FileDataset):
             raise UserError(f"dataset: no reply is rated by {unknown[0]!r}, but by {found}")
         return items
 
-    def usable(self, items: list[Item], counts: Counter[str]) -> list[Item]:
+    def usable(self, items: Sequence[Item], counts: Counter[str]) -> Iterator[Item]:
         """Without replies that are there twice, drawn down to ``max_replies``, and without the
         prompts that no aspect is complete for."""
-        kept = []
         for item in items:
             different = self._distinct_replies(item)
             counts["repeated_replies"] += len(item.replies) - len(different)
@@ -86,8 +86,7 @@ class ListDataset(FileDataset):
             if len(lacking) == len(self._aspects):
                 counts["dropped_unrated"] += 1
                 continue
-            kept.append(short)
-        return kept
+            yield short
 
     def _distinct_replies(self, item: Item) -> list[int]:
         if not self.drop_identical:
@@ -120,7 +119,7 @@ class ListDataset(FileDataset):
         return np.asarray(np.percentile(lengths[present], self.min_percentile))
 
     def prepare(
-        self, items: list[Item], tokenizers: Sequence[Tokenization], rng: np.random.Generator
+        self, items: Sequence[Item], tokenizers: Sequence[Tokenization], rng: np.random.Generator
     ) -> Prepared:
         lists = super().prepare(items, tokenizers, rng)
         return lists if self.pairs is None else self._as_pairs(lists)
@@ -129,23 +128,26 @@ class ListDataset(FileDataset):
         """Each split's lists as its pairs: no prompt is in two splits that was not before."""
         wanted = self.by or dict.fromkeys(self._aspects, 1.0)
         order = lists.labels.mix(torch.tensor([wanted.get(a, 0.0) for a in self._aspects]).double())
-        items: list[Item] = []
-        chosen: list[tuple[int, int, int]] = []
-        splits, tied = {}, 0
+        chosen: list[tuple[int, list[tuple[int, int]]]] = []
+        splits, tied, pairs = {}, 0, 0
         for name in SPLITS:
-            begin = len(items)
+            begin = pairs
             for n in lists.splits[name].tolist():
                 found = list(self._pairs(order[n, : len(lists.items[n].replies)].tolist()))
                 tied += not found
-                chosen += [(n, i, j) for i, j in found]
-                items += [_of(lists.items[n], (i, j), rated=False) for i, j in found]
-            splits[name] = np.arange(begin, len(items))
-            if begin == len(items):
+                pairs += len(found)
+                chosen.append((n, found))
+            splits[name] = np.arange(begin, pairs)
+            if begin == pairs:
                 raise UserError(f"dataset.pairs: no two replies of the {name} split differ")
-        counts = {**lists.counts, "lists_all_tied": tied, "pairs": len(items)}
-        n, i, j = np.array(chosen).T
-        ids = np.stack([lists.ids[n, i], lists.ids[n, j]], axis=1)
-        return Prepared(items, ids, Labels.of_pairs(len(items)), splits, counts)
+        items = Items.of(
+            _of(item, pair, rated=False)
+            for n, found in chosen
+            for item in [lists.items[n]]
+            for pair in found
+        )
+        counts = {**lists.counts, "lists_all_tied": tied, "pairs": pairs}
+        return Prepared(items, Labels.of_pairs(pairs), splits, counts)
 
     def _pairs(self, order: Sequence[float]) -> Iterator[tuple[int, int]]:
         """(better, worse) by how much each reply is preferred."""

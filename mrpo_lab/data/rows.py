@@ -77,7 +77,8 @@ def _file_rows(path: Path) -> Iterator[tuple[str, Row]]:
         import pyarrow.parquet as pq
 
         try:
-            batches = pq.ParquetFile(path).iter_batches()
+            # By default 65,536 rows become Python objects at once.
+            batches = pq.ParquetFile(path).iter_batches(batch_size=1024)
             rows = (row for batch in batches for row in batch.to_pylist())
             yield from ((f"{path} row {index}", row) for index, row in enumerate(rows))
         except (OSError, ValueError) as error:
