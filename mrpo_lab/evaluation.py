@@ -165,7 +165,8 @@ class Evaluation:
         self, points: Float[Tensor, "P A"], alpha: Float[Tensor, " K"], policy: str
     ) -> list[dict[str, Any]]:
         """How well the test lists are ranked under each lambda, by each aspect: a row for every
-        point, aspect, metric and kind of score (implicit rewards, log-probabilities)."""
+        point, aspect, metric and kind of score (implicit rewards, log-probabilities); of rewards
+        the cross-entropy too, of which less is better."""
         aspects, items = self.data.labels.aspects, self.data.test
         labels = self.data.labels[items.tolist()]
         rows = []
@@ -177,11 +178,16 @@ class Evaluation:
             }
             told = dict(zip((f"lambda/{a}" for a in aspects), weights.tolist(), strict=True))
             for a, aspect in enumerate(aspects):
-                for by, values in ranked.items():
-                    for metric, ranking in RANKINGS.items():
-                        value = float(ranking(values, labels.ratings[:, a]).nanmean())
-                        what = {"aspect": aspect, "ranked_by": by, "metric": metric}
-                        rows.append({"policy": policy, **told, **what, "value": value})
+                found = {
+                    (by, metric): ranking(values, labels.ratings[:, a])
+                    for by, values in ranked.items()
+                    for metric, ranking in RANKINGS.items()
+                }
+                entropy = cross_entropy(ranked["reward"], labels.targets[:, a], scores)
+                for (by, metric), each in (found | {("reward", "cross_entropy"): entropy}).items():
+                    what = {"aspect": aspect, "ranked_by": by, "metric": metric}
+                    value = float(each.nanmean())
+                    rows.append({"policy": policy, **told, **what, "value": value})
         return rows
 
 

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from mrpo_lab.data import ListDataset, Prepared
@@ -125,6 +127,17 @@ class TestRows:
         with pytest.raises(UserError) as refused:
             parse_list(PLAIN | change, "here")
         assert message in str(refused.value)
+
+
+def test_local_copy_of_the_hub_s(tmp_path: Path) -> None:
+    """A folder in the hub's layout, whose rows are structs in parquet."""
+    (tmp_path / "data").mkdir()
+    table = pa.Table.from_pylist([ULTRAFEEDBACK, ULTRAFEEDBACK])
+    pq.write_table(table, tmp_path / "data" / "train-00000-of-00001.parquet")
+    data = dataset(str(tmp_path), aspects=["honest", "kind"])
+    for item in data.read():
+        assert item.replies == ("Yes.", "No.", "Go left.")
+        assert item.ratings["honest"] == (0.5, 0, 1)
 
 
 class TestLists:
