@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 
 from benchmarks.memory import BYTES, measure
 from mrpo_lab.chat import Item
-from mrpo_lab.data import Items
+from mrpo_lab.data import Items, ListDataset
 from mrpo_lab.errors import UserError
 from mrpo_lab.store import reply_ids
+from mrpo_lab.tokenization import Tokenization
 
 pytest_plugins = ("surroundings",)
 TEXTS = st.text(st.characters(codec=None))  # half of a surrogate pair too
@@ -83,6 +84,15 @@ class TestItems:
         monkeypatch.setattr("tempfile.TemporaryFile", lambda **_: full)
         with pytest.raises(UserError, match=r"cache .*: No space left on device: set MRPO_LAB_C"):
             Items.of([pair(0)])
+
+
+def test_no_list_has_two_replies(tmp_path: Path) -> None:
+    file = tmp_path / "lists.jsonl"
+    file.write_text('{"prompt": "q", "responses": ["a"], "ratings": {"x": [1]}}\n')
+    data = ListDataset(path=str(file), train=None, val=1, test=1)
+    anyone = Tokenization("unused", tmp_path)
+    with pytest.raises(UserError, match=r"no pairs left .*: rows 1, dropped single reply 1$"):
+        data.prepare(data.read(), [anyone], np.random.default_rng(0))
 
 
 @pytest.mark.usefixtures("surroundings")
