@@ -9,8 +9,8 @@ from mrpo_lab.errors import UserError
 
 
 def root() -> Path:
-    """``$MRPO_LAB_CACHE``, or ``outputs/cache`` below the working directory."""
-    return Path(os.environ.get("MRPO_LAB_CACHE", "outputs/cache"))
+    """``$MRPO_LAB_CACHE``, or ``outputs/cache`` below the working directory where it is empty."""
+    return Path(os.environ.get("MRPO_LAB_CACHE") or "outputs/cache")
 
 
 @contextmanager
