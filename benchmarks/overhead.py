@@ -27,6 +27,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from benchmarks.ours import Clock, compose, trainer_of
 from benchmarks.results import Result, report
 from benchmarks.work import BETA, Work, measure
+from mrpo_lab import cache
 from mrpo_lab.chat import Item, TokenRow
 from mrpo_lab.data.rows import parse_item, read_rows
 from mrpo_lab.losses import PreferenceLoss, ctro, logistic, mrpo
@@ -174,7 +175,7 @@ def start(work: Work, pool: int = 7000) -> Iterator[Result]:
     with tempfile.TemporaryDirectory() as folder:
         data, outputs = Path(folder) / "pairs.jsonl", Path(folder) / "outputs"
         write_pairs(work.data, data, rows=27 * pool // 7)
-        models = Path(os.environ.get("MRPO_LAB_CACHE", "outputs/cache")).resolve() / "models"
+        models = cache.root().resolve() / "models"
         (Path(folder) / "models").symlink_to(models)
         overrides = [
             *("dataset=saferlhf", "reference_set=tiny7", "model=smollm2", "tracker=local"),
