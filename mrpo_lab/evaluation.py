@@ -14,7 +14,7 @@ from torch import Tensor
 from mrpo_lab.aspects import PREFERENCE, Labels
 from mrpo_lab.losses import PreferenceLoss, listwise
 from mrpo_lab.policy import Policy
-from mrpo_lab.ranking import RANKINGS
+from mrpo_lab.ranking import rank
 from mrpo_lab.scores import Known, Scores
 from mrpo_lab.scoring import Replies
 from mrpo_lab.workers import Workers
@@ -146,10 +146,9 @@ class Evaluation:
             for a, aspect in enumerate(labels.aspects):
                 judged[f"/{aspect}"] = (labels.ratings[:, a], labels.targets[:, a])
             for suffix, (ratings, target) in judged.items():
-                for metric, ranking in RANKINGS.items():
-                    found[f"{name}/{metric}{suffix}"] = float(ranking(rewards, ratings).nanmean())
-                entropy = cross_entropy(rewards, target, policy)
-                found[f"{name}/cross_entropy{suffix}"] = float(entropy.nanmean())
+                entropy = float(cross_entropy(rewards, target, policy).nanmean())
+                for metric, value in (rank(rewards, ratings) | {"cross_entropy": entropy}).items():
+                    found[f"{name}/{metric}{suffix}"] = value
         return found
 
     def probe_loss(self, subset: np.ndarray, alpha: Float[Tensor, " K"]) -> float:
@@ -178,16 +177,13 @@ class Evaluation:
             }
             told = dict(zip((f"lambda/{a}" for a in aspects), weights.tolist(), strict=True))
             for a, aspect in enumerate(aspects):
-                found = {
-                    (by, metric): ranking(values, labels.ratings[:, a])
-                    for by, values in ranked.items()
-                    for metric, ranking in RANKINGS.items()
-                }
+                found = {by: rank(values, labels.ratings[:, a]) for by, values in ranked.items()}
                 entropy = cross_entropy(ranked["reward"], labels.targets[:, a], scores)
-                for (by, metric), each in (found | {("reward", "cross_entropy"): entropy}).items():
-                    what = {"aspect": aspect, "ranked_by": by, "metric": metric}
-                    value = float(each.nanmean())
-                    rows.append({"policy": policy, **told, **what, "value": value})
+                found["reward"]["cross_entropy"] = float(entropy.nanmean())
+                for by, values in found.items():
+                    for metric, value in values.items():
+                        what = {"aspect": aspect, "ranked_by": by, "metric": metric}
+                        rows.append({"policy": policy, **told, **what, "value": value})
         return rows
 
 

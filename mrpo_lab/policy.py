@@ -13,7 +13,7 @@ from mrpo_lab import lora as lora_layers
 from mrpo_lab.chat import Message, first_line
 from mrpo_lab.errors import UserError
 from mrpo_lab.models import Checkpoint
-from mrpo_lab.scoring import ReplyScorer
+from mrpo_lab.scoring import ReplyScorer, evaluating
 from mrpo_lab.tokenization import Tokenization
 
 
@@ -84,26 +84,23 @@ class Policy:
         model.save_pretrained(folder, safe_serialization=True)
         self.tokenization.format.tokenizer.save_pretrained(folder)
 
-    @torch.no_grad()
     def generate(self, prompts: Sequence[Sequence[Message]], max_new_tokens: int) -> list[str]:
         """Greedy replies, one prompt at a time."""
         tokenizer = self.tokenization.format.tokenizer
         model: Any = self.model
-        training = model.training
-        model.eval()
         replies = []
-        for prompt in prompts:
-            text = self.tokenization.format.prompt_text(prompt)
-            ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
-            ids = ids.to(self.scorer.device)
-            output: Tensor = model.generate(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id or 0,
-            )
-            new_tokens = output[0, ids.shape[1] :]
-            replies.append(str(tokenizer.decode(new_tokens, skip_special_tokens=True)))
-        model.train(training)
+        with evaluating(model):
+            for prompt in prompts:
+                text = self.tokenization.format.prompt_text(prompt)
+                ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+                ids = ids.to(self.scorer.device)
+                output: Tensor = model.generate(
+                    input_ids=ids,
+                    attention_mask=torch.ones_like(ids),
+                    max_new_tokens=max_new_tokens,
+                    do_sample=False,
+                    pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id or 0,
+                )
+                new_tokens = output[0, ids.shape[1] :]
+                replies.append(str(tokenizer.decode(new_tokens, skip_special_tokens=True)))
         return replies

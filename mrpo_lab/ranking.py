@@ -84,3 +84,8 @@ RANKINGS: dict[str, Ranking] = {
     "ndcg": ndcg,
 }
 """Better is higher; 1 is perfect."""
+
+
+def rank(scores: Float[Tensor, "B R"], ratings: Float[Tensor, "B R"]) -> dict[str, float]:
+    """Each of ``RANKINGS``, the mean over the prompts whose ratings say something."""
+    return {name: float(ranking(scores, ratings).nanmean()) for name, ranking in RANKINGS.items()}

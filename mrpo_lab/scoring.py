@@ -6,7 +6,8 @@ Policy and references, training, evaluation and the store all come through ``Rep
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -152,7 +153,6 @@ class ReplyScorer:
         sums = torch.zeros(len(rows), dtype=torch.float64, device=self.device)
         return sums.index_add(0, row, token_logps.double()), batch.is_reply.sum(-1)
 
-    @torch.no_grad()
     def score(
         self,
         items: Sequence[Replies],
@@ -164,15 +164,13 @@ class ReplyScorer:
         width = max(map(len, items), default=0)
         sums = torch.zeros(len(items), width, dtype=torch.float64)
         counts = torch.zeros(len(items), width, dtype=torch.int64)
-        training = self.model.training
-        self.model.eval()
-        for chosen in balanced([self.cost(item) for item in items], token_budget):
-            found, number = self.logps([items[i] for i in chosen])
-            replies = [len(items[i]) for i in chosen]
-            sums[chosen] = per_prompt(found.cpu(), replies, width)
-            counts[chosen] = per_prompt(number.cpu(), replies, width)
-            advance(sum(replies))
-        self.model.train(training)
+        with evaluating(self.model):
+            for chosen in balanced([self.cost(item) for item in items], token_budget):
+                found, number = self.logps([items[i] for i in chosen])
+                replies = [len(items[i]) for i in chosen]
+                sums[chosen] = per_prompt(found.cpu(), replies, width)
+                counts[chosen] = per_prompt(number.cpu(), replies, width)
+                advance(sum(replies))
         return Scores(sums, counts)
 
     def check_packing(self, items: Sequence[Replies]) -> None:
@@ -183,11 +181,9 @@ class ReplyScorer:
             return
         by_cost = sorted(items, key=self.cost)
         items = [by_cost[-1], by_cost[len(by_cost) // 2]]
-        training = self.model.training
-        self.model.eval()
         rows = [row for item in items for row in item]
         same = SAME if self._causal.dtype.itemsize > 2 else SAME_16_BIT
-        with torch.no_grad():
+        with evaluating(self.model):
             plain, counts = self.padded_logps(rows)
             try:
                 apart = difference(self._packed_logps(items)[0], plain, counts)
@@ -195,7 +191,6 @@ class ReplyScorer:
                     self._stop_packing(f"with it, scores change by {apart:.2g} nats per token")
             except (NotImplementedError, TypeError, ValueError, KeyError, RuntimeError) as error:
                 self._stop_packing(first_line(error))
-        self.model.train(training)
 
     def _stop_packing(self, reason: str) -> None:
         self.packs = False
@@ -216,16 +211,25 @@ class ReplyScorer:
             **positions,
         )
 
-    @torch.no_grad()
     def _is_right(self, head: Head) -> bool:
         """Whether hidden states through ``head`` are the model's own logits."""
         ids = torch.arange(1, 5, device=self.device).remainder(head.vocabulary).unsqueeze(0)
-        training = self.model.training
-        self.model.eval()
-        own = widened(self._causal(input_ids=ids, use_cache=False).logits)
-        ours = head(self._causal.base_model(input_ids=ids, use_cache=False).last_hidden_state)
-        self.model.train(training)
+        with evaluating(self.model):
+            own = widened(self._causal(input_ids=ids, use_cache=False).logits)
+            ours = head(self._causal.base_model(input_ids=ids, use_cache=False).last_hidden_state)
         return ours.shape == own.shape and torch.allclose(ours, own, rtol=1e-2, atol=1e-2)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Without dropout and gradients; afterwards the model is in the mode that it was in."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)
 
 
 def difference(
