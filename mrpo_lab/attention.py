@@ -7,21 +7,30 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from functools import cache, partial
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from itertools import groupby
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from mrpo_lab.packing import Layout
+from mrpo_lab.packing import Layout, Segment
 
 PREFIX = "packed_or_"
+WHOLE = 256
+"""Tokens up to which an item is one block: fewer, larger products, though half are of no use."""
 BLOCK = 128
-"""Queries at once. Keys after a block are skipped; its scores stay in the processor's cache."""
+"""Queries of a longer item at once. Keys after them are skipped; scores stay in the processor's
+cache."""
+
+ALIGNED = 64
+"""Slices that begin at a multiple of it are not slower than whole rows."""
 
 # What a model may ask of its attention that is not done here; the model is then scored plainly.
 UNKNOWN = ("s_aux", "position_bias")
@@ -96,10 +105,10 @@ class How(NamedTuple):
 
 
 class BlockAttention(torch.autograd.Function):
-    """softmax(q k' scale) v, block by block; the backward pass computes the softmax again.
+    """softmax(q k' scale) v, block by block, of which nothing is kept.
 
-    Plain matrix products: on CPUs, where torch's fused kernel does not use bfloat16's speed, two to
-    three times as fast in bfloat16, as fast in float32, and as small.
+    Forward by torch's fused kernel. Its backward pass does not use a processor's bfloat16: that is
+    done by plain matrix products, twice as fast or more, with the softmax computed again.
     """
 
     @staticmethod
@@ -111,29 +120,34 @@ class BlockAttention(torch.autograd.Function):
         layout: Layout,
         how: How,
     ) -> Float[Tensor, "H N D"]:
-        query = query * how.scale
+        ctx.how, ctx.blocks = how, blocks(layout, how.window, query.dtype, query.device)
         ctx.save_for_backward(query, key, value)
-        ctx.layout, ctx.how = layout, how
         # Laid out by token, as the projection that follows reads it.
         out = query.new_empty(query.shape[1], query.shape[0], value.shape[-1]).transpose(0, 1)
-        for block in blocks(layout, how.window):
-            q, k, v = block.queries(query, len(key)), block.keys(key), block.keys(value)
-            p = _softmax(_scores(q, k, how), block, how.window)
-            out[:, block.rows] = (p @ v).reshape(len(query), -1, value.shape[-1])
+        for block in ctx.blocks:
+            q, k, v = query[:, block.rows], block.keys(key), block.keys(value)
+            if how.softcap is None:
+                out[:, block.rows] = nn.functional.scaled_dot_product_attention(
+                    q[None], k[None], v[None], block.mask, scale=how.scale, enable_gqa=True
+                )[0]
+            else:
+                p = block.softmax(_scores(block.queries(query * how.scale, len(key)), k, how))
+                out[:, block.rows] = (p @ v).reshape(len(query), -1, value.shape[-1])
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value = ctx.saved_tensors
         how: How = ctx.how
+        query = query * how.scale
         dquery = torch.empty_like(query)
         dkey, dvalue = torch.zeros_like(key), torch.zeros_like(value)
-        for block in blocks(ctx.layout, how.window):
+        for block in ctx.blocks:
             q, k, v = block.queries(query, len(key)), block.keys(key), block.keys(value)
             dout = block.queries(grads[0], len(key))
             scores = _scores(q, k, how)
             slope = None if how.softcap is None else 1 - (scores / how.softcap).square()
-            p = _softmax(scores, block, how.window)
+            p = block.softmax(scores)
             ds = torch._softmax_backward_data(dout @ v.transpose(1, 2), p, -1, p.dtype)
             ds = ds if slope is None else ds * slope
             dquery[:, block.rows] = (ds @ k).reshape(len(query), -1, query.shape[-1])
@@ -145,15 +159,18 @@ class BlockAttention(torch.autograd.Function):
 block_attention: Callable[..., Tensor] = BlockAttention.apply
 
 
+@dataclass(frozen=True)
 class Block:
-    """Some queries of one segment, and the keys that they see: of its prefix, then its own."""
+    """Some queries of one item, and the keys that they see."""
 
-    def __init__(self, rows: slice, prefix: slice, own: slice) -> None:
-        if prefix.stop == own.start:  # as with an item's first reply: no need to put together
-            prefix, own = slice(prefix.start, prefix.start), slice(prefix.start, own.stop)
-        self.rows, self.prefix, self.own = rows, prefix, own
-        self.shared = prefix.stop - prefix.start
-        self.size = rows.stop - rows.start
+    rows: slice
+    prefix: slice
+    own: slice
+    """Keys: tokens that stand elsewhere in the item, then those among the queries."""
+    mask: Float[Tensor, "m S"]
+    """-inf where a query must not look, else 0."""
+    first: int
+    """All queries may look at the keys before this one."""
 
     def queries(self, heads: Float[Tensor, "H N D"], groups: int) -> Float[Tensor, "G m D"]:
         """Of the H // G heads that share keys, one after the other."""
@@ -161,52 +178,72 @@ class Block:
 
     def keys(self, heads: Float[Tensor, "G N D"]) -> Float[Tensor, "G S D"]:
         own = heads[:, self.own]
-        return torch.cat([heads[:, self.prefix], own], dim=1) if self.shared else own
+        return torch.cat([heads[:, self.prefix], own], dim=1) if self._shared else own
 
     def add(self, heads: Float[Tensor, "G N D"], gradient: Float[Tensor, "G S D"]) -> None:
         """The inverse of ``keys``."""
-        if self.shared:
-            heads[:, self.prefix] += gradient[:, : self.shared]
-        heads[:, self.own] += gradient[:, self.shared :]
+        if self._shared:
+            heads[:, self.prefix].add_(gradient[:, : self._shared])
+        heads[:, self.own].add_(gradient[:, self._shared :])
+
+    def softmax(self, scores: Float[Tensor, "G m S"]) -> Float[Tensor, "G m S"]:
+        """Over the keys that each query may see; torch computes 16 bits' in float32."""
+        by_query = scores.view(len(scores), -1, *self.mask.shape)
+        by_query[..., self.first :].add_(self.mask[:, self.first :])
+        return torch.softmax(scores, -1)
+
+    @property
+    def _shared(self) -> int:
+        return int(self.prefix.stop - self.prefix.start)
 
 
-def blocks(layout: Layout, window: int) -> Iterator[Block]:
-    for prefix_start, prefix, start, length in layout.segments:
+@lru_cache(maxsize=8)  # all layers of a pass ask for the same, and so does its backward pass
+def blocks(
+    layout: Layout, window: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Block, ...]:
+    """All queries of the layout: a short item's at once, a long one's some at a time."""
+    found = []
+    for _, group in groupby(layout.segments, key=lambda segment: segment.prefix_start):
+        item = tuple(group)
+        all_of_it = slice(item[0].start, item[-1].start + item[-1].length)
+        short = all_of_it.stop - all_of_it.start <= WHOLE
+        spans = [(all_of_it, slice(0, 0), all_of_it)] if short else _spans(item, window)
+        for rows, prefix, own in spans:
+            hidden = _hidden(item, rows, np.r_[prefix, own], window)
+            first = int(hidden.any(0).argmax()) if hidden.any() else hidden.shape[1]
+            mask = torch.from_numpy(np.where(hidden, -np.inf, 0)).to(device, dtype)
+            found.append(Block(rows, prefix, own, mask, first // ALIGNED * ALIGNED))
+    return tuple(found)
+
+
+def _spans(item: tuple[Segment, ...], window: int) -> Iterator[tuple[slice, slice, slice]]:
+    """(queries, keys of the prefix, keys of their own segment) of a long item."""
+    for prefix_start, prefix, start, length in item:
         for first in range(0, length, BLOCK):
             last = min(length, first + BLOCK)
             oldest = max(0, prefix + first - window + 1)  # position of the first key in the window
-            yield Block(
+            yield (
                 slice(start + first, start + last),
                 slice(prefix_start + min(oldest, prefix), prefix_start + prefix),
                 slice(start + max(0, oldest - prefix), start + last),
             )
 
 
+def _hidden(
+    item: tuple[Segment, ...], rows: slice, keys: np.ndarray, window: int
+) -> Bool[np.ndarray, "m S"]:
+    """Which keys (places in the pack) the queries ``rows`` must not look at."""
+    lengths = [segment.length for segment in item]
+    position = np.concatenate([segment.prefix + np.arange(segment.length) for segment in item])
+    prefix = np.repeat([segment.prefix for segment in item], lengths)
+    owner = np.repeat(np.arange(len(item)), lengths)
+    q, k = np.r_[rows][:, None] - item[0].start, keys - item[0].start
+    same_row = (owner[q] == owner[k]) | ((owner[k] == 0) & (position[k] < prefix[q]))
+    back = position[q] - position[k]
+    hidden: np.ndarray = ~(same_row & (back >= 0) & (back < window))
+    return hidden
+
+
 def _scores(q: Float[Tensor, "G m D"], k: Float[Tensor, "G S D"], how: How) -> Tensor:
     scores = q @ k.transpose(1, 2)
     return scores if how.softcap is None else how.softcap * torch.tanh(scores / how.softcap)
-
-
-def _softmax(scores: Float[Tensor, "G m S"], block: Block, window: int) -> Float[Tensor, "G m S"]:
-    """Over the keys that each query may see; torch computes 16 bits' in float32."""
-    groups, _, keys = scores.shape
-    by_query = scores.view(groups, -1, block.size, keys)
-    recent = keys - block.size
-    by_query[..., recent:] += _future(block.size, scores.dtype, scores.device)
-    if keys > window:
-        by_query += _beyond(block.size, keys, window, scores.dtype, scores.device)
-    return torch.softmax(scores, -1)
-
-
-@cache
-def _future(size: int, dtype: torch.dtype, device: torch.device) -> Float[Tensor, "m m"]:
-    """-inf where a key comes after the query."""
-    return torch.full((size, size), -torch.inf, dtype=dtype, device=device).triu(1)
-
-
-def _beyond(
-    size: int, keys: int, window: int, dtype: torch.dtype, device: torch.device
-) -> Float[Tensor, "m S"]:
-    """-inf where a key is ``window`` or more positions before the query."""
-    hidden = torch.full((size, keys), -torch.inf, dtype=dtype, device=device)
-    return hidden.tril(keys - size - window)

@@ -14,6 +14,8 @@ from torch.utils.checkpoint import checkpoint
 # Logits held at once: positions x vocabulary. 2**22 float32 are 16 MiB, which a processor's cache
 # holds; a GPU wants longer products.
 LOGITS_AT_ONCE = {"cpu": 2**22, "cuda": 2**28}
+WIDE_AT_ONCE = 2**20
+"""Of them, those that are taken through the softmax in float32 at once."""
 
 
 def widened(logits: Tensor) -> Tensor:
@@ -31,7 +33,10 @@ class Head:
     softcap: float | None = None
 
     def __call__(self, hidden: Float[Tensor, "*n H"]) -> Float[Tensor, "*n V"]:
-        logits = widened(self.projection(hidden))
+        return self.adjusted(self.projection(hidden))
+
+    def adjusted(self, projected: Float[Tensor, "*n V"]) -> Float[Tensor, "*n V"]:
+        logits = widened(projected)
         if self.scale != 1.0:
             logits = logits * self.scale
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
@@ -95,9 +100,16 @@ class _FrozenHead(torch.autograd.Function):
         slopes: list[Tensor] = []
         for piece, wanted in head._pieces(hidden.detach(), targets):
             with torch.enable_grad():
-                found = head._logps(piece.requires_grad_(), wanted)
-                slopes.extend(torch.autograd.grad(found.sum(), piece))
-            logps.append(found.detach())
+                projected = head.projection(piece.requires_grad_())
+            rows = max(1, WIDE_AT_ONCE // head.vocabulary)
+            # Each logit's slope is written where the logit was.
+            for part, at in zip(projected.detach().split(rows), wanted.split(rows), strict=True):
+                with torch.enable_grad():
+                    found = log_softmax_at(head.adjusted(part.requires_grad_()), at)
+                    (slope,) = torch.autograd.grad(found.sum(), part)
+                part.detach().copy_(slope)
+                logps.append(found.detach())
+            slopes.extend(torch.autograd.grad(projected, piece, projected.detach()))
         ctx.save_for_backward(torch.cat(slopes))
         return torch.cat(logps)
 

@@ -19,7 +19,8 @@ from mrpo_lab.chat import TokenRow
 
 
 class Segment(NamedTuple):
-    """Consecutive tokens of the pack that continue ``prefix`` tokens which stand elsewhere."""
+    """Consecutive tokens of the pack: an item's prompt with its first reply, or another reply,
+    which continues the ``prefix`` tokens that stand at the item's start."""
 
     prefix_start: int
     prefix: int
@@ -65,19 +66,16 @@ def pack(items: Sequence[tuple[TokenRow, ...]], device: torch.device) -> Pack:
     end = 0
     for rows in items:
         first, shared = end, shared_tokens(rows)
-        for prefix, tokens in (
-            (0, rows[0].ids[:shared]),
-            *((shared, r.ids[shared:]) for r in rows),
-        ):
-            segments.append(Segment(first, prefix, end, len(tokens)))
-            ids.append(tokens)
-            positions.append(np.arange(prefix, prefix + len(tokens)))
-            end += len(tokens)
-        for row, own in zip(rows, segments[-len(rows) :], strict=True):
+        for i, row in enumerate(rows):
+            prefix = shared if i else 0
+            segments.append(Segment(first, prefix, end, len(row.ids) - prefix))
+            ids.append(row.ids[prefix:])
+            positions.append(np.arange(prefix, len(row.ids)))
             before = np.arange(row.start - 1, len(row.ids) - 1)  # in the row's own positions
-            predictors.append(np.where(before < shared, first, own.start - shared) + before)
+            predictors.append(np.where(before < prefix, first, end - prefix) + before)
             targets.append(row.ids[row.start :])
             counts.append(row.reply_tokens)
+            end += len(row.ids) - prefix
 
     def tensor(parts: Sequence[np.ndarray]) -> Tensor:
         return torch.from_numpy(np.concatenate(parts).astype(np.int64)).to(device)
@@ -85,7 +83,7 @@ def pack(items: Sequence[tuple[TokenRow, ...]], device: torch.device) -> Pack:
     return Pack(
         input_ids=tensor(ids)[None],
         position_ids=tensor(positions)[None],
-        layout=Layout(tuple(segment for segment in segments if segment.length)),
+        layout=Layout(tuple(segments)),
         predictors=tensor(predictors),
         targets=tensor(targets),
         owners=tensor([np.repeat(np.arange(len(counts)), counts)]),

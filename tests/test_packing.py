@@ -101,11 +101,12 @@ class TestEveryArchitecture:
         assert_near(gradient(model, weighted(sums)), gradient(model, weighted(expected)))
 
 
-@pytest.mark.parametrize("block", [1, 4, 128])
+@pytest.mark.parametrize(("whole", "block"), [(0, 1), (0, 4), (0, 128), (20, 4), (256, 128)])
 @pytest.mark.parametrize("window", [None, 3, 11])
 def test_blocks_and_windows_change_nothing(
-    block: int, window: int | None, monkeypatch: pytest.MonkeyPatch
+    whole: int, block: int, window: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(attention, "WHOLE", whole)
     monkeypatch.setattr(attention, "BLOCK", block)
     config = CONFIGS["mistral"]
     config.sliding_window = window
@@ -118,8 +119,10 @@ def test_blocks_and_windows_change_nothing(
     assert_near(gradient(model, weighted(scorer.logps(ITEMS)[0])), wanted)
 
 
-def test_the_gradient_of_the_attention_itself() -> None:
+@pytest.mark.parametrize("whole", [0, 256])
+def test_the_gradient_of_the_attention_itself(whole: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against finite differences."""
+    monkeypatch.setattr(attention, "WHOLE", whole)
     layout = pack(items_of((3, 2, 2), (1, 2, 1)), CPU).layout
     generator = torch.Generator().manual_seed(0)
     heads = [
