@@ -64,7 +64,7 @@ def trainer_of(
             config,
             policy,
             Data(
-                rows=rows,
+                tokenize=lambda chosen, _: [rows[i] for i in chosen],
                 refs=refs,
                 labels=Labels.of_pairs(len(rows)),
                 slugs=[f"reference-{k}" for k in range(refs.sums.shape[1])],
@@ -84,6 +84,7 @@ def trainer_of(
             Run(Path(folder), "bench", {}),
             LocalTracker(),
         )
+        policy.scorer.check_packing(rows)
         trainer.start({})
         yield trainer
 

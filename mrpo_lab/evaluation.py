@@ -19,12 +19,15 @@ from mrpo_lab.scores import Known, Scores
 from mrpo_lab.scoring import Replies
 from mrpo_lab.workers import Workers
 
+Tokenize = Callable[[Sequence[int], list[float]], list[Replies]]
+"""The policy's token rows of pool indices under a lambda."""
+
 
 @dataclass(frozen=True)
 class Data:
-    """What the loop is given: rows of the policy's tokens and reference scores, by pool index."""
+    """What the loop is given: the policy's tokens and reference scores, by pool index."""
 
-    rows: Sequence[Replies]
+    tokenize: Tokenize
     refs: Scores
     """(N, K, R) on the CPU, float64 sums."""
     labels: Labels
@@ -37,8 +40,8 @@ class Data:
     names: Callable[[int], str]
     """How to call a pair in a message."""
     fingerprint: str
-    told: Callable[[Sequence[int], list[float]], list[Replies]] | None = None
-    """Rows of the policy's tokens that tell it lambda; None leaves lambda unsaid."""
+    told: bool = False
+    """Whether the policy's tokens say what lambda is."""
 
     @property
     def lists(self) -> bool:
@@ -55,9 +58,7 @@ class Data:
 
     def tokens(self, items: Sequence[int], weights: Float[Tensor, " A"]) -> list[Replies]:
         """The policy's token rows under lambda."""
-        if self.told is not None:
-            return self.told(items, weights.tolist())
-        return [self.rows[i] for i in items]
+        return self.tokenize(items, weights.tolist())
 
 
 class Evaluation:
@@ -86,7 +87,7 @@ class Evaluation:
         """The policy's scores (B, R) of pool indices, without gradients, shared out over
         processes."""
         weights = self.centre if weights is None else weights
-        if self.data.told is not None and self._told != weights.tolist():
+        if self.data.told and self._told != weights.tolist():
             self._known.forget()
             self._told = weights.tolist()
         unknown = self._known.lacks(items)

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from omegaconf import DictConfig
 
@@ -20,7 +21,7 @@ from mrpo_lab.chat import Item, Message
 from mrpo_lab.data import Dataset, Prepared
 from mrpo_lab.data.dataset import describe
 from mrpo_lab.errors import UserError
-from mrpo_lab.evaluation import Data
+from mrpo_lab.evaluation import Data, Tokenize
 from mrpo_lab.hub import NotAtHandError, missing
 from mrpo_lab.interruption import Interruption
 from mrpo_lab.lambdas import LambdaSampler
@@ -132,6 +133,9 @@ class Experiment:
             torch.set_num_threads(self.threads)
         data = self.data(prepared)
         policy = self.model.build(self.workers.device, self.seeds.value("init"))
+        centre = self.sampler.centre(prepared.labels.aspects)
+        typical = self.longest_and_median(prepared)
+        policy.scorer.check_packing(data.tokens(typical, centre))
         trainer = Trainer(
             self.config,
             policy,
@@ -213,16 +217,10 @@ class Experiment:
         """Reference scores from the store, filled first where needed, and the policy's tokens."""
         items, device = prepared.items, self.workers.device
         refs = self.workers.main_first(lambda: self.references.scores(items, prepared.ids, device))
-        rows = self.rows(items)
-        aspects = prepared.labels.aspects
-
-        def told(chosen: Sequence[int], weights: list[float]) -> list[Replies]:
-            asked = ((items[i], conditioned(items[i].prompt, aspects, weights)) for i in chosen)
-            return self.rows([replace(item, prompt=prompt) for item, prompt in asked])
-
+        told = self.sampler.condition
         return Data(
-            rows=rows,
-            told=told if self.sampler.condition else None,
+            tokenize=self.telling(prepared) if told else self.untold(prepared),
+            told=told,
             refs=refs,
             labels=prepared.labels,
             slugs=self.references.slugs,
@@ -233,6 +231,34 @@ class Experiment:
             names=lambda i: f"pair {i} of the pool ({items[i].prompt[-1]['content'][:60]!r})",
             fingerprint=prepared.fingerprint(),
         )
+
+    def untold(self, prepared: Prepared) -> Tokenize:
+        """The policy's tokens, found out when they are first needed."""
+        known: dict[int, Replies] = {}
+
+        def tokenize(chosen: Sequence[int], _: list[float]) -> list[Replies]:
+            new = [i for i in dict.fromkeys(chosen) if i not in known]
+            known.update(zip(new, self.rows([prepared.items[i] for i in new]), strict=True))
+            return [known[i] for i in chosen]
+
+        return tokenize
+
+    def telling(self, prepared: Prepared) -> Tokenize:
+        """The policy's tokens with lambda in the system message."""
+        aspects = prepared.labels.aspects
+
+        def tokenize(chosen: Sequence[int], weights: list[float]) -> list[Replies]:
+            items = [prepared.items[i] for i in chosen]
+            prompts = [conditioned(item.prompt, aspects, weights) for item in items]
+            return self.rows([replace(i, prompt=p) for i, p in zip(items, prompts, strict=True)])
+
+        return tokenize
+
+    def longest_and_median(self, prepared: Prepared) -> list[int]:
+        """Two of the pool, by the policy's tokens."""
+        lengths = self.model.tokenization.lengths(prepared.items, prepared.ids)
+        order = np.argsort(lengths.prompt.max(-1) + lengths.reply.sum(-1), kind="stable")
+        return [int(order[-1]), int(order[len(order) // 2])]
 
     def rows(self, items: Sequence[Item]) -> list[Replies]:
         """The policy's tokens."""

@@ -50,9 +50,12 @@ class Pack:
     """Where in the pack the token before each reply token stands."""
     targets: Int[Tensor, " n"]
     owners: Int[Tensor, " n"]
-    """To which reply, counted through the pack, each reply token belongs."""
-    counts: Int[Tensor, " replies"]
-    """Tokens of each reply."""
+    """To which text, counted through the pack, each reply token belongs."""
+    counts: Int[Tensor, " texts"]
+    """Reply tokens of each."""
+    replies: Int[Tensor, " replies"]
+    """Which text each reply is: replies of an item that are the same are computed once, so that
+    not even rounding tells them apart."""
 
 
 def pack(items: Sequence[tuple[TokenRow, ...]], device: torch.device) -> Pack:
@@ -63,11 +66,17 @@ def pack(items: Sequence[tuple[TokenRow, ...]], device: torch.device) -> Pack:
     targets: list[np.ndarray] = []
     segments: list[Segment] = []
     counts: list[int] = []
+    replies: list[int] = []
     end = 0
     for rows in items:
         first, shared = end, shared_tokens(rows)
-        for i, row in enumerate(rows):
-            prefix = shared if i else 0
+        known: dict[bytes, int] = {}
+        for row in rows:
+            text = row.ids.tobytes()
+            replies.append(known.setdefault(text, len(counts)))
+            if replies[-1] < len(counts):
+                continue
+            prefix = shared if len(known) > 1 else 0
             segments.append(Segment(first, prefix, end, len(row.ids) - prefix))
             ids.append(row.ids[prefix:])
             positions.append(np.arange(prefix, len(row.ids)))
@@ -88,6 +97,7 @@ def pack(items: Sequence[tuple[TokenRow, ...]], device: torch.device) -> Pack:
         targets=tensor(targets),
         owners=tensor([np.repeat(np.arange(len(counts)), counts)]),
         counts=tensor([np.array(counts)]),
+        replies=tensor([np.array(replies)]),
     )
 
 

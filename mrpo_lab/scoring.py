@@ -135,7 +135,8 @@ class ReplyScorer:
         assert self._head is not None
         token_logps = self._head.token_logps(hidden[packed.predictors], packed.targets)
         sums = torch.zeros(len(packed.counts), dtype=torch.float64, device=self.device)
-        return sums.index_add(0, packed.owners, token_logps.double()), packed.counts
+        sums = sums.index_add(0, packed.owners, token_logps.double())
+        return sums[packed.replies], packed.counts[packed.replies]
 
     def padded_logps(
         self, rows: Sequence[TokenRow], side: Side = "right"
@@ -180,11 +181,11 @@ class ReplyScorer:
         if not self.packs:
             return
         by_cost = sorted(items, key=self.cost)
-        items = [by_cost[-1], by_cost[len(by_cost) // 2]]
-        rows = [row for item in items for row in item]
+        items = [by_cost[-1], by_cost[(len(by_cost) - 1) // 2]]
         same = SAME if self._causal.dtype.itemsize > 2 else SAME_16_BIT
         with evaluating(self.model):
-            plain, counts = self.padded_logps(rows)
+            alone = [self.padded_logps(item) for item in items]
+            plain, counts = (torch.cat(parts) for parts in zip(*alone, strict=True))
             try:
                 apart = difference(self._packed_logps(items)[0], plain, counts)
                 if not apart <= same:

@@ -1,6 +1,7 @@
 """Token rows and token counts of texts under one model's tokenizer and template."""
 
-from collections.abc import Iterator, Sequence
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -59,20 +60,49 @@ class Tokenization:
 
     def lengths(self, items: Sequence[Item], ids: np.ndarray) -> Lengths:
         """Token counts of every prompt and reply, counted once per text."""
+
+        def measure(rows: tuple[TokenRow, ...]) -> Iterator[tuple[int, ...]]:
+            for row in rows:
+                # A reply that nothing precedes has no log-probability for its first token.
+                scorable = row.reply_tokens if row.start else 0
+                yield row.start, scorable, row.prefix_broken, row.system_folded
+
         key = {"format": self.fingerprint}
         table = Table.open("lengths", self.name, key, dict.fromkeys(Lengths._fields, "i4"))
+        return Lengths(**self._stored(table, items, ids, measure))
+
+    def same_when_cut(self, items: Sequence[Item], ids: np.ndarray, max_tokens: int) -> np.ndarray:
+        """(N,) whether within the first ``max_tokens`` tokens an item's first reply is the same as
+        another one; what is left of a text is found out once."""
+
+        def measure(rows: tuple[TokenRow, ...]) -> Iterator[tuple[int, ...]]:
+            for row in rows:
+                digest = hashlib.blake2b(row.ids[:max_tokens].tobytes(), digest_size=8).digest()
+                yield (int.from_bytes(digest, signed=True),)
+
+        key = {"format": self.fingerprint, "max_tokens": max_tokens}
+        table = Table.open("truncations", self.name, key, {"digest": "i8"})
+        digests = self._stored(table, items, ids, measure)["digest"]
+        same: np.ndarray = (digests[:, 1:] == digests[:, :1]).any(-1)
+        return same
+
+    def _stored(
+        self,
+        table: Table,
+        items: Sequence[Item],
+        ids: np.ndarray,
+        measure: Callable[[tuple[TokenRow, ...]], Iterable[tuple[int, ...]]],
+    ) -> dict[str, np.ndarray]:
+        """The table's columns (N, R); of texts that it lacks ``measure`` gives them, a reply at a
+        time, and they are added."""
         known, found = table.read(ids)
         missing = np.flatnonzero(~found.all(-1))
         with progress(len(missing), f"tokens of {self.name}", "prompt", delay=PATIENCE) as bar:
             for index, rows in zip(missing, self.stream(items, missing), strict=True):
-                for reply, row in enumerate(rows or ()):
-                    # A reply that nothing precedes has no log-probability for its first token.
-                    scorable = row.reply_tokens if row.start else 0
-                    known["prompt"][index, reply] = row.start
-                    known["reply"][index, reply] = scorable
-                    known["prefix_broken"][index, reply] = row.prefix_broken
-                    known["system_folded"][index, reply] = row.system_folded
+                for reply, numbers in enumerate(measure(rows or ())):
+                    for name, number in zip(known, numbers, strict=True):
+                        known[name][index, reply] = number
                 bar.update()
         if len(missing):
             table.append(ids[missing], {name: column[missing] for name, column in known.items()})
-        return Lengths(**known)
+        return known

@@ -76,7 +76,6 @@ class Trainer:
         self.state = LoopState(alpha_sum=[0.0] * len(data.slugs))
         centre = sampler.centre(data.labels.aspects)
         self.evaluation = Evaluation(policy, data, loss, workers, config.token_budget, centre)
-        policy.scorer.check_packing(data.rows)
 
     @property
     def checkpoint(self) -> Path:

@@ -153,9 +153,10 @@ class TestToldLambda:
             assert prepared.items[3].prompt[0]["content"] in text
         plain = Experiment.build(compose(*lists), Workers.start()).data(prepared)
         assert torch.equal(plain.refs.sums, data.refs.sums)
-        assert "kind" not in tokenizer.decode(plain.tokens([3], torch.ones(2))[0][0].ids)
+        (untold,) = plain.tokens([3], torch.ones(2))
+        assert "kind" not in tokenizer.decode(untold[0].ids)
         replies = [row.ids[row.start :].tolist() for row in told]
-        assert replies == [row.ids[row.start :].tolist() for row in plain.rows[3]]
+        assert replies == [row.ids[row.start :].tolist() for row in untold]
 
     def test_trade_off_is_what_each_lambda_gives(
         self, tmp_path: Path, lists: tuple[str, ...]

@@ -166,6 +166,19 @@ def test_prompts_that_tokenize_differently_before_their_replies() -> None:
     assert counts.tolist() == [3, 3, 3, 3, 3, 3]
 
 
+def test_replies_that_are_the_same_get_the_same_score() -> None:
+    """To the last bit, and so a margin of 0 with no gradient."""
+    (first, second, other), (alone,) = items_of((40, 30, 9, 9), (5, 3), seed=3)
+    twice: list[Replies] = [(first, second, first, other, second), (alone, alone)]
+    model = random_model("llama")
+    sums, counts = ReplyScorer(model).logps(twice)
+    torch.testing.assert_close(sums, slow(model, twice), rtol=0, atol=5e-5)
+    assert counts.tolist() == [30, 9, 30, 9, 9, 3, 3]
+    assert sums[0] == sums[2] != sums[1] == sums[4]
+    assert sums[5] == sums[6]
+    assert float(gradient(model, sums[0] + sums[5] - sums[2] - sums[6]).norm()) == 0
+
+
 def test_a_prompt_is_computed_once() -> None:
     model = random_model("llama")
     lengths: list[int] = []

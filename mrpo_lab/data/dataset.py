@@ -236,7 +236,7 @@ def _shared_prompts(items: Items, splits: Mapping[str, np.ndarray]) -> int:
 
 
 def _same_when_cut(
-    items: Sequence[Item],
+    items: Items,
     tokenizers: Sequence[Tokenization],
     measured: Sequence[Lengths],
     max_tokens: int,
@@ -247,7 +247,5 @@ def _same_when_cut(
     for tokenizer, m in zip(tokenizers, measured, strict=True):
         both_cut = (m.prompt + m.reply >= max_tokens).all(-1)
         unsure = np.flatnonzero(both_cut & ~same)
-        for index, rows in zip(unsure, tokenizer.stream(items, unsure), strict=True):
-            first, *others = (row.ids[:max_tokens] for row in rows or ())
-            same[index] = any(np.array_equal(first, other) for other in others)
+        same[unsure] = tokenizer.same_when_cut(items[unsure], items.ids[unsure], max_tokens)
     return int(same.sum())

@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from mrpo_lab.errors import UserError
-from mrpo_lab.evaluation import Data, Evaluation
+from mrpo_lab.evaluation import Evaluation
 from mrpo_lab.main import Experiment
 from mrpo_lab.policy import Policy
 from mrpo_lab.progress import progress
@@ -78,7 +78,9 @@ class Finished:
 def compare(told: Finished, alone: Mapping[str, Finished]) -> list[dict[str, Any]]:
     """The trade-off of the told policy, of each policy of one aspect, and of their merges."""
     experiment = Experiment.build(OmegaConf.create(told.config), Workers.start())
-    data = experiment.data(experiment.prepare())
+    prepared = experiment.prepare()
+    # Merged policies were trained on one aspect each, and are not told lambda.
+    data = replace(experiment.data(prepared), tokenize=experiment.untold(prepared), told=False)
     aspects = data.labels.aspects
     points = experiment.sampler.points(aspects)
     rows: list[dict[str, Any]] = pq.read_table(told.folder / "trade_off.parquet").to_pylist()
@@ -96,7 +98,14 @@ def compare(told: Finished, alone: Mapping[str, Finished]) -> list[dict[str, Any
             name = f"merged{number}"
             model.add_weighted_adapter(list(alone), shares, name, combination_type="linear")
             model.set_adapter(name)
-            evaluation = evaluation_of(experiment, policy, data, weights)
+            evaluation = Evaluation(
+                policy,
+                data,
+                experiment.loss,
+                experiment.workers,
+                experiment.config.token_budget,
+                weights,
+            )
             rows += evaluation.trade_off(weights.unsqueeze(0), alpha, "merged")
             bar.update()
     return rows
@@ -112,14 +121,6 @@ def merged_policy(experiment: Experiment, adapters: Mapping[str, Path]) -> Polic
     for aspect, folder in others:
         model.load_adapter(str(folder), adapter_name=aspect)
     return Policy(model.eval(), experiment.model.tokenization)
-
-
-def evaluation_of(
-    experiment: Experiment, policy: Policy, data: Data, centre: Float[Tensor, " A"]
-) -> Evaluation:
-    """Of a policy that is not told lambda."""
-    untold, budget = replace(data, told=None), experiment.config.token_budget
-    return Evaluation(policy, untold, experiment.loss, experiment.workers, budget, centre)
 
 
 def check(told: Finished, alone: Sequence[Finished]) -> dict[str, Finished]:
