@@ -2,8 +2,9 @@
 
 Runs what ``train.py OVERRIDE ...`` would, stops where all is ready for the first step (and for the
 base model's evaluation, which comes before it), and prints one line of JSON: all seconds since
-``$BEGAN`` (of ``time.monotonic``), among them those of importing torch and transformers, of loading
-weights and of reading reference scores; and how many models were loaded.
+``$BEGAN`` (of ``time.monotonic``), among them those of importing torch and transformers (with what
+it imports to load a model), of loading weights and of reading reference scores; and how many models
+were loaded.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ def stop(*_: object) -> None:
 
 def main() -> None:
     began = time.monotonic()
-    for library in ("torch", "transformers"):
+    for library in ("torch", "transformers", "transformers.modeling_utils"):
         importlib.import_module(library)
     imported = time.monotonic() - began
     from benchmarks.ours import Clock, compose

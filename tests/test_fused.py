@@ -11,7 +11,7 @@ from test_scoring import CONFIGS, build
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from mrpo_lab import lora, norms
+from mrpo_lab import lora, norms, swiglu
 
 LORA: dict[str, Any] = {"r": 4, "lora_alpha": 6, "target_modules": "all-linear"}
 IDS = torch.tensor([[5, 9, 2, 44, 7], [3, 3, 60, 1, 8]])
@@ -132,3 +132,35 @@ def test_norms_that_are_trained_or_of_another_kind_are_left_alone() -> None:
     layered = build(AutoModelForCausalLM.from_config(CONFIGS["gpt_neox"])).requires_grad_(False)
     norms.fuse(layered)
     assert replaced(trained) == replaced(layered) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2", "gpt_neox"])
+def test_swiglu_is_the_same_and_other_activations_are_left_alone(
+    name: str, dtype: torch.dtype
+) -> None:
+    theirs = build(AutoModelForCausalLM.from_config(CONFIGS[name])).to(dtype)
+    ours = deepcopy(theirs)
+    swiglu.fuse(ours)
+    layers = [n for n, _ in ours.named_modules() if n.endswith(".mlp")]
+    assert replaced(ours) == (layers if name in ("llama", "qwen3") else [])
+    assert torch.equal(ours(input_ids=IDS).logits, theirs(input_ids=IDS).logits)
+    expected = adapter_gradient(theirs)
+    near = 1e-12 if dtype == torch.float64 else 0.02
+    assert float((adapter_gradient(ours) - expected).norm()) < near * float(expected.norm())
+
+
+def test_swiglu_keeps_less_for_the_backward_pass() -> None:
+    gate, up = (torch.randn(5, 8, requires_grad=True) for _ in range(2))
+    kept: list[int] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        swiglu.swiglu(gate, up)
+    assert kept == [40, 40]
+    assert torch.autograd.gradcheck(
+        swiglu.swiglu, [x.detach().double().requires_grad_() for x in (gate, up)]
+    )
