@@ -131,7 +131,7 @@ class BlockAttention(torch.autograd.Function):
                     q[None], k[None], v[None], block.mask, scale=how.scale, enable_gqa=True
                 )[0]
             else:
-                p = block.softmax(_scores(block.queries(query * how.scale, len(key)), k, how))
+                p = block.softmax(_scores(block.queries(query, len(key)) * how.scale, k, how))
                 out[:, block.rows] = (p @ v).reshape(len(query), -1, value.shape[-1])
         return out
 

@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from omegaconf import DictConfig
 
@@ -26,6 +25,7 @@ from mrpo_lab.hub import NotAtHandError, missing
 from mrpo_lab.interruption import Interruption
 from mrpo_lab.lambdas import LambdaSampler
 from mrpo_lab.losses import PreferenceLoss
+from mrpo_lab.packing import longest_and_median
 from mrpo_lab.policy import PolicyConfig
 from mrpo_lab.references import ReferenceSet
 from mrpo_lab.runs import Run
@@ -134,7 +134,8 @@ class Experiment:
         data = self.data(prepared)
         policy = self.model.build(self.workers.device, self.seeds.value("init"))
         centre = self.sampler.centre(prepared.labels.aspects)
-        typical = self.longest_and_median(prepared)
+        lengths = self.model.tokenization.lengths(prepared.items, prepared.ids)
+        typical = longest_and_median(lengths.prompt.max(-1) + lengths.reply.sum(-1))
         policy.scorer.check_packing(data.tokens(typical, centre))
         trainer = Trainer(
             self.config,
@@ -253,12 +254,6 @@ class Experiment:
             return self.rows([replace(i, prompt=p) for i, p in zip(items, prompts, strict=True)])
 
         return tokenize
-
-    def longest_and_median(self, prepared: Prepared) -> list[int]:
-        """Two of the pool, by the policy's tokens."""
-        lengths = self.model.tokenization.lengths(prepared.items, prepared.ids)
-        order = np.argsort(lengths.prompt.max(-1) + lengths.reply.sum(-1), kind="stable")
-        return [int(order[-1]), int(order[len(order) // 2])]
 
     def rows(self, items: Sequence[Item]) -> list[Replies]:
         """The policy's tokens."""

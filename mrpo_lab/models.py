@@ -18,7 +18,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.utils.logging import disable_progress_bar
 
-from mrpo_lab import cache, embedded, hub, lora, norms, swiglu
+from mrpo_lab import cache, embedded, hub, lora, norms
 from mrpo_lab.chat import first_line
 from mrpo_lab.errors import UserError
 from mrpo_lab.files import write_whole
@@ -125,7 +125,6 @@ class Checkpoint(ABC):
         if frozen:
             model.requires_grad_(False)
             norms.fuse(model)
-        swiglu.fuse(model)
         loaded: nn.Module = model if quantized else model.to(device)
         return loaded
 

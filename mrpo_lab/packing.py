@@ -117,6 +117,12 @@ def packed_tokens(rows: Sequence[TokenRow]) -> int:
     return shared + sum(len(row.ids) - shared for row in rows)
 
 
+def longest_and_median(costs: Sequence[int] | np.ndarray) -> list[int]:
+    """Indices of two items that stand for all."""
+    order = np.argsort(costs, kind="stable")
+    return [int(order[-1]), int(order[len(order) // 2])]
+
+
 def balanced(costs: Sequence[int], budget: int) -> list[list[int]]:
     """Indices in as few groups as ``budget`` allows, of like cost within and about the same sum,
     costliest first. An index that alone exceeds the budget makes a group of its own."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mrpo_lab import lora as lora_layers
+from mrpo_lab import swiglu
 from mrpo_lab.chat import Message, first_line
 from mrpo_lab.errors import UserError
 from mrpo_lab.models import Checkpoint
@@ -41,6 +42,7 @@ class PolicyConfig(Checkpoint):
     def build(self, device: torch.device, seed: int) -> Policy:
         """Load the weights and, with ``seed``, initialise what is trained."""
         model: Any = self.load(device, frozen=self.lora is not None)
+        swiglu.fuse(model)
         if self.lora is None:
             model.requires_grad_(True)
         else:

@@ -175,13 +175,11 @@ class ReplyScorer:
         return Scores(sums, counts)
 
     def check_packing(self, items: Sequence[Replies]) -> None:
-        """Score the longest and the median of ``items`` both ways, and go on with padded rows if
-        they differ: windows, recurrent states and attention of a model's own are found by their
-        numbers, not by a list of names."""
+        """Score ``items``, such as the longest and the median of many, both ways, and go on with
+        padded rows if they differ: windows, recurrent states and attention of a model's own are
+        found by their numbers, not by a list of names."""
         if not self.packs:
             return
-        by_cost = sorted(items, key=self.cost)
-        items = [by_cost[-1], by_cost[(len(by_cost) - 1) // 2]]
         same = SAME if self._causal.dtype.itemsize > 2 else SAME_16_BIT
         with evaluating(self.model):
             alone = [self.padded_logps(item) for item in items]
