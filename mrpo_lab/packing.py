@@ -28,6 +28,17 @@ class Segment(NamedTuple):
     length: int
 
 
+class Multiples(NamedTuple):
+    """What an item's tokens, and the pack's, are filled up to a multiple of."""
+
+    item: int
+    pack: int
+
+
+ONE = Multiples(item=1, pack=1)
+"""Nothing is filled up."""
+
+
 @dataclass(frozen=True, eq=False)
 class Layout:
     """Who sees whom in a pack: all that attention has to know."""
@@ -58,8 +69,12 @@ class Pack:
     not even rounding tells them apart."""
 
 
-def pack(items: Sequence[tuple[TokenRow, ...]], device: torch.device) -> Pack:
-    """Lay out ``items`` one after the other."""
+def pack(
+    items: Sequence[tuple[TokenRow, ...]],
+    device: torch.device,
+    multiples: Multiples = ONE,
+) -> Pack:
+    """Lay out ``items`` one after the other, filled up by tokens after their last replies."""
     ids: list[np.ndarray] = []
     positions: list[np.ndarray] = []
     predictors: list[np.ndarray] = []
@@ -68,7 +83,7 @@ def pack(items: Sequence[tuple[TokenRow, ...]], device: torch.device) -> Pack:
     counts: list[int] = []
     replies: list[int] = []
     end = 0
-    for rows in items:
+    for left, rows in zip(range(len(items) - 1, -1, -1), items, strict=True):
         first, shared = end, shared_tokens(rows)
         known: dict[bytes, int] = {}
         for row in rows:
@@ -85,6 +100,11 @@ def pack(items: Sequence[tuple[TokenRow, ...]], device: torch.device) -> Pack:
             targets.append(row.ids[row.start :])
             counts.append(row.reply_tokens)
             end += len(row.ids) - prefix
+        spare = -end % (multiples.item if left else multiples.pack)
+        ids.append(ids[-1][-1:].repeat(spare))
+        positions.append(positions[-1][-1:].repeat(spare))  # beyond it a model may have none
+        segments[-1] = segments[-1]._replace(length=segments[-1].length + spare)
+        end += spare
 
     def tensor(parts: Sequence[np.ndarray]) -> Tensor:
         return torch.from_numpy(np.concatenate(parts).astype(np.int64)).to(device)

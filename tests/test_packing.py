@@ -23,10 +23,10 @@ from transformers import (
 )
 from whole_logits import VOCABULARY, gradient, slow_score, weighted
 
-from mrpo_lab import attention
+from mrpo_lab import attention, scoring
 from mrpo_lab.attention import How
 from mrpo_lab.chat import TokenRow
-from mrpo_lab.packing import balanced, pack, packed_tokens, shared_tokens
+from mrpo_lab.packing import Multiples, balanced, pack, packed_tokens, shared_tokens
 from mrpo_lab.scoring import Replies, ReplyScorer
 
 CPU = torch.device("cpu")
@@ -117,6 +117,40 @@ def test_blocks_and_windows_change_nothing(
     torch.testing.assert_close(sums, expected, rtol=0, atol=1e-12)
     wanted = gradient(model, weighted(slow(model, ITEMS)))
     assert_near(gradient(model, weighted(scorer.logps(ITEMS)[0])), wanted)
+
+
+@pytest.mark.parametrize("multiples", [Multiples(8, 64), Multiples(4, 32), Multiples(16, 16)])
+@pytest.mark.parametrize("window", [None, 3])
+def test_tokens_that_fill_up_change_nothing(
+    multiples: Multiples, window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (_, again), *others = ITEMS
+    items = [*others[:2], (again, again), others[2]]  # one ends with a reply computed before
+    starts = {segment.prefix_start for segment in pack(items, CPU, multiples).layout.segments}
+    assert {start % multiples.item for start in starts} == {0}
+    assert pack(items, CPU, multiples).layout.tokens % multiples.pack == 0
+    monkeypatch.setattr(scoring, "ONE", multiples)
+    config = CONFIGS["mistral"]
+    config.sliding_window = window
+    model = build(AutoModelForCausalLM.from_config(config)).double()
+    sums, _ = ReplyScorer(model).logps(items)
+    expected = slow(model, items)
+    torch.testing.assert_close(sums, expected, rtol=0, atol=1e-12)
+    assert_near(gradient(model, weighted(sums)), gradient(model, weighted(expected)))
+
+
+@pytest.mark.parametrize(("dtype", "multiple"), [(torch.float32, 1), (torch.bfloat16, 64)])
+def test_packs_in_16_bits_have_few_shapes(dtype: torch.dtype, multiple: int) -> None:
+    model = random_model("llama").to(dtype)
+    lengths: list[int] = []
+    model.model.layers[0].register_forward_hook(
+        lambda module, inputs, output: lengths.append(inputs[0].shape[1])
+    )
+    scorer = ReplyScorer(model)
+    lengths.clear()
+    scorer.score(ITEMS, 10**6)
+    tokens = sum(packed_tokens(item) for item in ITEMS)
+    assert lengths == [-(-tokens // multiple) * multiple]
 
 
 @pytest.mark.parametrize("whole", [0, 256])

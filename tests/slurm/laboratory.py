@@ -85,13 +85,20 @@ class Lab:
         (run,) = [r for r in self.sweep(name).plan.runs if f"/{seed}__" in r]
         return self.outputs / run
 
-    def wait(self, name: str, seconds: float = 200) -> bool:
+    def wait(self, name: str, seconds: float = 600) -> bool:
         """Until no job of the sweep is left; whether all runs finished."""
         until(lambda: not watching.of_sweep(self.sweep(name)), seconds)
         return watching.watch(self.sweep(name))
 
     def held(self) -> list[Live]:
         return queue(self.outputs)
+
+    @staticmethod
+    def grant_minutes(job: str, minutes: int) -> bool:
+        """More time for a job, now and when it begins again; not while one that ended is cleaned
+        up."""
+        asked = ("scontrol", "update", f"jobid={job}", f"timelimit={minutes}")
+        return subprocess.run(asked, capture_output=True, check=False).returncode == 0
 
     @staticmethod
     def fail_node(node: str, job: str) -> None:
@@ -130,7 +137,7 @@ def processes_of(job: str) -> list[int]:
     return steps + others
 
 
-def until(done: Callable[[], bool], seconds: float = 150) -> None:
+def until(done: Callable[[], bool], seconds: float = 300) -> None:
     end = time.monotonic() + seconds
     while not done():
         assert time.monotonic() < end, said("squeue") + said("sinfo")
