@@ -17,6 +17,7 @@ from mrpo_lab.policy import Policy
 from mrpo_lab.ranking import rank
 from mrpo_lab.scores import Known, Scores
 from mrpo_lab.scoring import Replies
+from mrpo_lab.trade_off import named_lambda
 from mrpo_lab.workers import Workers
 
 Tokenize = Callable[[Sequence[int], list[float]], list[Replies]]
@@ -176,7 +177,7 @@ class Evaluation:
                 "reward": self.rewards(scores, items, alpha),
                 "logp": scores.logps(self.loss.length_normalized),
             }
-            told = dict(zip((f"lambda/{a}" for a in aspects), weights.tolist(), strict=True))
+            told = named_lambda(aspects, weights.tolist())
             for a, aspect in enumerate(aspects):
                 found = {by: rank(values, labels.ratings[:, a]) for by, values in ranked.items()}
                 entropy = cross_entropy(ranked["reward"], labels.targets[:, a], scores)

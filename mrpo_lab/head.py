@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,11 +11,11 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-# Logits held at once: positions x vocabulary. 2**22 float32 are 16 MiB, which a processor's cache
-# holds; a GPU wants longer products.
-LOGITS_AT_ONCE = {"cpu": 2**22, "cuda": 2**28}
-WIDE_AT_ONCE = 2**20
-"""Of them, those that are taken through the softmax in float32 at once."""
+LOGITS_AT_ONCE = {"cpu": 2**24, "cuda": 2**28}
+"""Positions x vocabulary. With fewer, the head's weights are read more often."""
+WIDE_AT_ONCE = {"cpu": 2**20, "cuda": 2**26}
+"""Of them, those that are taken through the softmax at once, in float32: 4 MiB, which a processor's
+cache holds, and 256 MiB."""
 
 
 def widened(logits: Tensor) -> Tensor:
@@ -57,11 +57,17 @@ class Head:
         )
 
     def _logps(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        return log_softmax_at(self(hidden), targets)
+        parts = self._split(WIDE_AT_ONCE, self.projection(hidden), targets)
+        return torch.cat([log_softmax_at(self.adjusted(part), wanted) for part, wanted in parts])
 
     def _pieces(self, hidden: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        size = max(1, LOGITS_AT_ONCE[hidden.device.type] // self.vocabulary)
-        return zip(hidden.split(size), targets.split(size), strict=True)
+        return self._split(LOGITS_AT_ONCE, hidden, targets)
+
+    def _split(
+        self, at_once: Mapping[str, int], rows: Tensor, targets: Tensor
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        size = max(1, at_once[rows.device.type] // self.vocabulary)
+        return zip(rows.split(size), targets.split(size), strict=True)
 
 
 class LogSoftmaxAt(torch.autograd.Function):
@@ -101,9 +107,8 @@ class _FrozenHead(torch.autograd.Function):
         for piece, wanted in head._pieces(hidden.detach(), targets):
             with torch.enable_grad():
                 projected = head.projection(piece.requires_grad_())
-            rows = max(1, WIDE_AT_ONCE // head.vocabulary)
             # Each logit's slope is written where the logit was.
-            for part, at in zip(projected.detach().split(rows), wanted.split(rows), strict=True):
+            for part, at in head._split(WIDE_AT_ONCE, projected.detach(), wanted):
                 with torch.enable_grad():
                     found = log_softmax_at(head.adjusted(part.requires_grad_()), at)
                     (slope,) = torch.autograd.grad(found.sum(), part)

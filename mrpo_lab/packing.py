@@ -133,8 +133,9 @@ def shared_tokens(rows: Sequence[TokenRow]) -> int:
 
 def packed_tokens(rows: Sequence[TokenRow]) -> int:
     """Tokens that an item takes in a pack."""
-    shared = shared_tokens(rows)
-    return shared + sum(len(row.ids) - shared for row in rows)
+    texts = {row.ids.tobytes(): row for row in rows}.values()
+    shared = shared_tokens(rows) if len(texts) > 1 else 0
+    return shared + sum(len(row.ids) - shared for row in texts)
 
 
 def longest_and_median(costs: Sequence[int] | np.ndarray) -> list[int]:

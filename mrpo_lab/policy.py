@@ -42,8 +42,7 @@ class PolicyConfig(Checkpoint):
     def build(self, device: torch.device, seed: int) -> Policy:
         """Load the weights and, with ``seed``, initialise what is trained."""
         model: Any = self.load(device, frozen=self.lora is not None)
-        if not self.gradient_checkpointing:
-            swiglu.fuse(model)
+        swiglu.fuse(model)
         if self.lora is None:
             model.requires_grad_(True)
         else:

@@ -19,6 +19,11 @@ Rows = Sequence[Mapping[str, Any]]
 LAMBDA = "lambda/"
 
 
+def named_lambda(aspects: Sequence[str], weights: Iterable[float]) -> dict[str, float]:
+    """Lambda as runs log it."""
+    return {f"{LAMBDA}{a}": float(w) for a, w in zip(aspects, weights, strict=True)}
+
+
 def write_trade_off(path: Path, rows: Rows) -> None:
     write_parquet(path, pa.Table.from_pylist([dict(row) for row in rows]))
 

@@ -32,7 +32,7 @@ from mrpo_lab.scores import Scores, per_prompt
 from mrpo_lab.scoring import Replies
 from mrpo_lab.seeding import Seeds
 from mrpo_lab.tracking import Tracker
-from mrpo_lab.trade_off import write_trade_off
+from mrpo_lab.trade_off import named_lambda, write_trade_off
 from mrpo_lab.train_config import LoopState, TrainConfig
 from mrpo_lab.weighting import Context, Weighting, to_simplex
 from mrpo_lab.workers import Workers
@@ -187,8 +187,7 @@ class Trainer:
         metrics["alpha/undecided_pairs"] = float(undecided)
         metrics["perf/pairs_per_second"] = len(pairs) / (time.monotonic() - began)
         if self.data.lists:
-            aspects = self.data.labels.aspects
-            metrics |= {f"lambda/{a}": float(w) for a, w in zip(aspects, weights, strict=True)}
+            metrics |= named_lambda(self.data.labels.aspects, weights)
         return metrics | self.weighting.metrics() | self.sampler.metrics()
 
     def backward_batch(self, rows: Sequence[Replies], refs: Scores, alpha: Tensor) -> Scores:

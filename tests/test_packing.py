@@ -193,7 +193,8 @@ def test_prompts_that_tokenize_differently_before_their_replies() -> None:
     early = TokenRow(np.array([4, 5, 6, 7], dtype=np.int32), 1)
     odd: list[Replies] = [(left, right), (left, early), (left, left)]
     assert [shared_tokens(rows) for rows in odd] == [2, 1, 3]
-    assert [packed_tokens(rows) for rows in odd] == [9, 9, 9]
+    assert [packed_tokens(rows) for rows in odd] == [9, 9, 6]
+    assert sum(map(packed_tokens, odd)) == pack(odd, CPU).layout.tokens
     model = random_model("qwen2")
     sums, counts = ReplyScorer(model).logps(odd)
     torch.testing.assert_close(sums, slow(model, odd), rtol=0, atol=2e-5)

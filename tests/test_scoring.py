@@ -214,9 +214,13 @@ class TestMemory:
         scorer = ReplyScorer(model)
         sums = scorer.padded_logps(rows)[0]
         whole = gradient(model, weighted(sums))
-        for size in (1, 4 * VOCABULARY):
-            monkeypatch.setattr(head, "LOGITS_AT_ONCE", {"cpu": size})
+        for size, wide in ((1, 1), (4, 3), (1000, 5)):
+            monkeypatch.setattr(head, "LOGITS_AT_ONCE", {"cpu": size * VOCABULARY})
+            monkeypatch.setattr(head, "WIDE_AT_ONCE", {"cpu": wide * VOCABULARY})
             pieces = scorer.padded_logps(rows)[0]
+            with torch.no_grad():
+                found = scorer.padded_logps(rows)[0]
+            torch.testing.assert_close(found, sums, rtol=0, atol=1e-5)
             torch.testing.assert_close(pieces, sums, rtol=0, atol=1e-5)
             assert_same_gradient(gradient(model, weighted(pieces)), whole)
 
