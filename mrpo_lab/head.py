@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-LOGITS_AT_ONCE = {"cpu": 2**24, "cuda": 2**28}
+LOGITS_AT_ONCE = {"cpu": 2**23, "cuda": 2**28}
 """Positions x vocabulary. With fewer, the head's weights are read more often."""
 WIDE_AT_ONCE = {"cpu": 2**20, "cuda": 2**26}
 """Of them, those that are taken through the softmax at once, in float32: 4 MiB, which a processor's
