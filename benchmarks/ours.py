@@ -21,7 +21,6 @@ from mrpo_lab.chat import TokenRow
 from mrpo_lab.evaluation import Data
 from mrpo_lab.lambdas import FixedLambda
 from mrpo_lab.losses import PreferenceLoss, dpo, logistic, no_clip
-from mrpo_lab.packing import longest_and_median
 from mrpo_lab.policy import Policy
 from mrpo_lab.runs import Run
 from mrpo_lab.scores import Scores
@@ -85,8 +84,7 @@ def trainer_of(
             Run(Path(folder), "bench", {}),
             LocalTracker(),
         )
-        typical = longest_and_median([policy.scorer.cost(item) for item in rows])
-        policy.scorer.check_packing([rows[i] for i in typical])
+        policy.scorer.check_packing(policy.scorer.typical(rows))
         trainer.start({})
         yield trainer
 

@@ -83,7 +83,7 @@ def pack(
     counts: list[int] = []
     replies: list[int] = []
     end = 0
-    for left, rows in zip(range(len(items) - 1, -1, -1), items, strict=True):
+    for number, rows in enumerate(items, start=1):
         first, shared = end, shared_tokens(rows)
         known: dict[bytes, int] = {}
         for row in rows:
@@ -100,7 +100,7 @@ def pack(
             targets.append(row.ids[row.start :])
             counts.append(row.reply_tokens)
             end += len(row.ids) - prefix
-        spare = -end % (multiples.item if left else multiples.pack)
+        spare = -end % (multiples.pack if number == len(items) else multiples.item)
         ids.append(ids[-1][-1:].repeat(spare))
         positions.append(positions[-1][-1:].repeat(spare))  # beyond it a model may have none
         segments[-1] = segments[-1]._replace(length=segments[-1].length + spare)

@@ -18,7 +18,6 @@ from mrpo_lab.errors import UserError
 from mrpo_lab.files import write_whole
 from mrpo_lab.gate import Finding, check_outliers, check_scoring
 from mrpo_lab.models import Checkpoint
-from mrpo_lab.packing import longest_and_median
 from mrpo_lab.progress import progress
 from mrpo_lab.scores import Scores
 from mrpo_lab.scoring import ReplyScorer
@@ -167,8 +166,7 @@ class ReferenceSet:
         assert len(rows) == len(items), "unrenderable pairs are filtered before scoring"
         model = reference.load(device)
         scorer = ReplyScorer(model)
-        typical = longest_and_median([scorer.cost(item) for item in rows])
-        scorer.check_packing([rows[i] for i in typical])
+        scorer.check_packing(scorer.typical(rows))
         vocabulary = len(reference.tokenization.format.tokenizer)
         # int8 rounds activations by the largest of the batch, whatever the dtype of the rest.
         precision = "float16" if reference.quantization == "int8" else reference.dtype

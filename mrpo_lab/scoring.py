@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from mrpo_lab import attention
 from mrpo_lab.chat import TokenRow, first_line
 from mrpo_lab.head import Head, log_softmax_at, widened
-from mrpo_lab.packing import ONE, Multiples, balanced, pack, packed_tokens
+from mrpo_lab.packing import ONE, Multiples, balanced, longest_and_median, pack, packed_tokens
 from mrpo_lab.scores import Scores, per_prompt
 
 Side = Literal["left", "right"]
@@ -178,6 +178,10 @@ class ReplyScorer:
                 counts[chosen] = per_prompt(number.cpu(), replies, width)
                 advance(sum(replies))
         return Scores(sums, counts)
+
+    def typical(self, items: Sequence[Replies]) -> list[Replies]:
+        """The longest and the median, for ``check_packing``."""
+        return [items[i] for i in longest_and_median([self.cost(item) for item in items])]
 
     def check_packing(self, items: Sequence[Replies]) -> None:
         """Score replies of ``items``, such as the longest and the median of many, both ways, and go
