@@ -147,15 +147,16 @@ class BlockAttention(torch.autograd.Function):
             dout = block.queries(grads[0], len(key))
             scores = _scores(q, k, how)
             slope = None if how.softcap is None else 1 - (scores / how.softcap).square()
-            p = block.softmax(scores)
-            ds = torch._softmax_backward_data(dout @ v.transpose(1, 2), p, -1, p.dtype)
-            ds = ds if slope is None else ds * slope
+            p, dp = block.softmax(scores), dout @ v.transpose(1, 2)
+            ds = _softmax_backward(dp, p, -1, p.dtype, grad_input=dp)
+            ds = ds if slope is None else ds.mul_(slope)
             dquery[:, block.rows] = (ds @ k).reshape(len(query), -1, query.shape[-1])
             block.add(dkey, ds.transpose(1, 2) @ q)
             block.add(dvalue, p.transpose(1, 2) @ dout)
         return dquery.mul_(how.scale), dkey, dvalue, None, None
 
 
+_softmax_backward = torch.ops.aten._softmax_backward_data.out
 block_attention: Callable[..., Tensor] = BlockAttention.apply
 
 
@@ -187,10 +188,10 @@ class Block:
         heads[:, self.own].add_(gradient[:, self._shared :])
 
     def softmax(self, scores: Float[Tensor, "G m S"]) -> Float[Tensor, "G m S"]:
-        """Over the keys that each query may see; torch computes 16 bits' in float32."""
+        """Over the keys that each query may see, in place; torch computes 16 bits' in float32."""
         by_query = scores.view(len(scores), -1, *self.mask.shape)
         by_query[..., self.first :].add_(self.mask[:, self.first :])
-        return torch.softmax(scores, -1)
+        return torch.softmax(scores, -1, out=scores)
 
     @property
     def _shared(self) -> int:

@@ -89,7 +89,7 @@ class LogSoftmaxAt(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         exps, total, targets = ctx.saved_tensors
         above = grads[0].unsqueeze(-1)
-        slopes = exps * (-above / total)
+        slopes = exps.mul_(-above / total)
         return slopes.scatter_add_(-1, targets.unsqueeze(-1), above), None
 
 

@@ -23,15 +23,16 @@ class RMSNorm(torch.autograd.Function):
         inverse = inverse.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, inverse)
         normed: Tensor = (wide * inverse).to(x.dtype)
-        return normed * weight
+        return normed.mul_(weight)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, inverse = ctx.saved_tensors
-        normed = x.float() * inverse
+        wide = x.float()
         above = (grads[0] * weight).float()
-        along = torch.linalg.vecdot(above, normed).div_(x.shape[-1]).unsqueeze(-1)
-        return above.sub_(normed.mul_(along)).mul_(inverse).to(x.dtype), None, None
+        along = torch.linalg.vecdot(above, wide).unsqueeze(-1)
+        along.mul_(inverse.pow(3)).div_(-x.shape[-1])
+        return above.mul_(inverse).addcmul_(wide, along).to(x.dtype), None, None
 
 
 rms_norm: Callable[..., Tensor] = RMSNorm.apply
