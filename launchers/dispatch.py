@@ -13,11 +13,11 @@ import yaml
 from launchers.cluster import Cluster, build, queue
 from launchers.composing import Composer
 from launchers.scores import Need, mark, needs
-from launchers.sweep import UNFINISHED, Plan, Standing, Sweep, by_gift, dispatching, finished
+from launchers.sweep import UNFINISHED, Plan, Standing, Sweep, by_gift, dispatching
 from launchers.tasks import Gather, Score, Train
 from launchers.wording import counted
 from mrpo_lab.errors import UserError
-from mrpo_lab.runs import difference
+from mrpo_lab.runs import difference, finished
 
 
 def launch(

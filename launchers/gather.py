@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 from launchers.cluster import queue
 from launchers.sweep import Sweep, by_gift
 from mrpo_lab.files import write_whole
+from mrpo_lab.runs import finished
 
 NUMBERS = ("base/val_accuracy", "val/accuracy", "base/test_accuracy", "test/accuracy")
 
@@ -18,7 +18,7 @@ def gather(sweep: Sweep) -> str:
     standings = sweep.standings(by_gift(queue(sweep.outputs)))
     rows: list[dict[str, Any]] = []
     for name, standing in standings.items():
-        result = read(sweep.outputs / name / "result.json") if standing.state == "finished" else {}
+        result = finished(sweep.outputs / name) or {}
         numbers = {key: result.get(key) for key in (*NUMBERS, "steps", "wall_seconds")}
         error = standing.record.error if standing.record and standing.state == "failed" else None
         rows.append({"run": name, "state": standing.state, **numbers, "error": error})
@@ -42,8 +42,3 @@ def table(rows: list[dict[str, Any]]) -> str:
         line = f"{row['run']:<{width}}  {row['state']:<9} {cells[0]:>14}  {cells[1]:>14}{error}"
         lines.append(line.rstrip())
     return "\n".join(lines)
-
-
-def read(path: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads(path.read_text())
-    return content

@@ -30,6 +30,7 @@ from filelock import FileLock
 from launchers.tasks import Task, read_tasks
 from mrpo_lab.errors import UserError
 from mrpo_lab.files import write_whole
+from mrpo_lab.runs import finished
 
 STATES = ("finished", "running", "queued", "failed", "dead", "new")
 """``failed`` ended with an error; ``dead`` was killed or cancelled; ``new`` was never submitted."""
@@ -195,11 +196,6 @@ def by_gift(live: Iterable[Live]) -> dict[str, Live]:
             tasks[job.array] = read_tasks(job.array / "tasks.json")
         found.update(dict.fromkeys(tasks[job.array][job.index].gives, job))
     return found
-
-
-def finished(run: Path) -> bool:
-    file = run / "result.json"
-    return file.exists() and json.loads(file.read_text()).get("status") == "finished"
 
 
 def is_locked(file: Path) -> bool:

@@ -7,13 +7,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from jinja2 import TemplateError, TemplateSyntaxError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from mrpo_lab.errors import UserError
+from mrpo_lab.errors import UserError, first_line
 
 Message = dict[str, str]
 """``{"role": "system" | "user" | "assistant", "content": text}``"""
@@ -192,9 +192,3 @@ def format_fingerprint(folder: Path, name: str, template: str | None) -> str:
             digest.update(file.encode() + b"\0" + (folder / file).read_bytes())
     digest.update(template_source(name, template).encode() if template else b"")
     return digest.hexdigest()
-
-
-def first_line(error: BaseException) -> str:
-    """The start of another library's message, fit for one line of ours."""
-    lines: list[Any] = [line for line in str(error).splitlines() if line.strip()]
-    return str(lines[0]).strip() if lines else type(error).__name__

@@ -13,8 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from mrpo_lab.chat import first_line
-from mrpo_lab.errors import UserError
+from mrpo_lab.errors import UserError, first_line
 
 ALLOWED = ("mrpo_lab.", "launchers.", "torch.optim.", "bitsandbytes.optim.")
 """Packages that a ``_target_`` may name: a configuration must not be able to run anything else."""

@@ -19,8 +19,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.utils.logging import disable_progress_bar
 
 from mrpo_lab import cache, embedded, hub, lora, norms
-from mrpo_lab.chat import first_line
-from mrpo_lab.errors import UserError
+from mrpo_lab.errors import UserError, first_line
 from mrpo_lab.files import write_whole
 from mrpo_lab.tokenization import Tokenization
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from mrpo_lab import lora as lora_layers
 from mrpo_lab import swiglu
-from mrpo_lab.chat import Message, first_line
-from mrpo_lab.errors import UserError
+from mrpo_lab.chat import Message
+from mrpo_lab.errors import UserError, first_line
 from mrpo_lab.models import Checkpoint
 from mrpo_lab.scoring import ReplyScorer, evaluating
 from mrpo_lab.tokenization import Tokenization

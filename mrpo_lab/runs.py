@@ -152,10 +152,8 @@ class Run:
 
     @property
     def result(self) -> dict[str, Any] | None:
-        """``result.json`` of a finished run; None while there is something left to do."""
-        path = self.folder / "result.json"
-        result: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-        return result if result.get("status") == "finished" else None
+        """Of a finished run; None while there is something left to do."""
+        return finished(self.folder)
 
     def begin(self) -> None:
         """Write what was asked for, and add where it runs this time."""
@@ -200,6 +198,13 @@ class Run:
 
     def _write_json(self, name: str, content: dict[str, Any]) -> None:
         write_whole(self.folder / name, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def finished(folder: Path) -> dict[str, Any] | None:
+    """``result.json`` of a run's folder, if it says that the run is finished."""
+    path = folder / "result.json"
+    result: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    return result if result.get("status") == "finished" else None
 
 
 def provenance() -> dict[str, Any]:

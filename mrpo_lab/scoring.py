@@ -17,7 +17,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from mrpo_lab import attention
-from mrpo_lab.chat import TokenRow, first_line
+from mrpo_lab.chat import TokenRow
+from mrpo_lab.errors import first_line
 from mrpo_lab.head import Head, log_softmax_at, widened
 from mrpo_lab.packing import ONE, Multiples, balanced, longest_and_median, pack, packed_tokens
 from mrpo_lab.scores import Scores, per_prompt

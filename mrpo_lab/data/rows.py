@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from mrpo_lab import hub
-from mrpo_lab.chat import Item, Message, first_line
-from mrpo_lab.errors import UserError
+from mrpo_lab.chat import Item, Message
+from mrpo_lab.errors import UserError, first_line
 
 Row = Mapping[str, Any]
 ROLES = ("system", "user", "assistant")

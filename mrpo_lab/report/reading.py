@@ -14,7 +14,7 @@ from typing import Any
 import pandas as pd
 import yaml
 
-from mrpo_lab.errors import UserError
+from mrpo_lab.errors import UserError, first_line
 
 SILENCE = 900.0
 """Seconds without a new line after which a run without a result is taken for dead."""
@@ -84,7 +84,7 @@ def read_run(folder: Path, now: float | None = None) -> Record:
     try:
         return _read(folder, time.time() if now is None else now)
     except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError) as error:
-        problem = f"cannot be read: {_first_line(error)}"
+        problem = f"cannot be read: {first_line(error)}"
         return Record("/".join(folder.parts[-5:]), str(folder), "unreadable", problem=problem)
 
 
@@ -126,7 +126,7 @@ def record(
         metrics = metrics.apply(pd.to_numeric, errors="coerce").astype(float)
         metrics = metrics.sort_values("step", kind="stable").drop_duplicates("step", keep="last")
     status = str(result.get("status") or ("running" if silent_for < SILENCE else "stopped"))
-    problem = _first_line(result.get("error", "")) if status != "finished" else ""
+    problem = "" if status == "finished" else str(result.get("error", "")).partition("\n")[0]
     if status in ("running", "stopped"):
         step = int(metrics["step"].max()) if len(metrics) else 0
         problem = f"at step {step}, last line {_ago(silent_for)} ago"
@@ -154,10 +154,6 @@ def _json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path.name} holds no keys")
     return content
-
-
-def _first_line(error: object) -> str:
-    return (str(error).strip().splitlines() or [""])[0]
 
 
 def _ago(seconds: float) -> str:
