@@ -10,6 +10,7 @@ from test_packing import OTHERS
 from test_scoring import CONFIGS, build
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from mrpo_lab import lora, norms, swiglu
 
@@ -124,6 +125,17 @@ def test_norms_are_the_same_to_the_last_bit_or_nearly(name: str, dtype: torch.dt
         near = 1e-6 if dtype == torch.float32 else 0.02
         torch.testing.assert_close(other(x), layer(x), rtol=near, atol=near)
         torch.testing.assert_close(slopes[1], slopes[0], rtol=near, atol=2 * near)
+
+
+@pytest.mark.parametrize("width", [576, 896, 4096])
+def test_norms_of_real_widths_are_taken_over(width: int) -> None:
+    """Where a sum of so many squares may round to another last bit."""
+    for dtype in (torch.float32, torch.bfloat16):
+        layer = LlamaRMSNorm(width)
+        layer.weight = nn.Parameter(torch.linspace(0.3, 1.7, width).to(dtype), requires_grad=False)
+        model = nn.Sequential(layer)
+        norms.fuse(model)
+        assert replaced(model) == ["0"]
 
 
 def test_norms_that_are_trained_or_of_another_kind_are_left_alone() -> None:
