@@ -33,6 +33,7 @@ from mrpo_lab.data.rows import parse_item, read_rows
 from mrpo_lab.losses import PreferenceLoss, ctro, logistic, mrpo
 from mrpo_lab.main import Experiment
 from mrpo_lab.policy import Policy
+from mrpo_lab.progress import quiet_libraries
 from mrpo_lab.references import SHARD_ROWS, ReferenceSet
 from mrpo_lab.scores import Scores
 from mrpo_lab.tokenization import Tokenization
@@ -264,6 +265,7 @@ ROWS: dict[str, Callable[[Work, int], Iterator[Result]]] = {
 
 def main() -> None:
     options = arguments()
+    quiet_libraries()
     work = Work(
         data=options.file,
         model=options.model,
