@@ -18,7 +18,9 @@ def gather(sweep: Sweep) -> str:
     standings = sweep.standings(by_gift(queue(sweep.outputs)))
     rows: list[dict[str, Any]] = []
     for name, standing in standings.items():
-        result = finished(sweep.outputs / name) or {}
+        # One that has ended since stays as it was found.
+        ended = finished(sweep.outputs / name) if standing.state == "finished" else None
+        result = ended or {}
         numbers = {key: result.get(key) for key in (*NUMBERS, "steps", "wall_seconds")}
         error = standing.record.error if standing.record and standing.state == "failed" else None
         rows.append({"run": name, "state": standing.state, **numbers, "error": error})

@@ -152,7 +152,7 @@ class Run:
 
     @property
     def result(self) -> dict[str, Any] | None:
-        """Of a finished run; None while there is something left to do."""
+        """``result.json`` of a finished run; None while there is something left to do."""
         return finished(self.folder)
 
     def begin(self) -> None:

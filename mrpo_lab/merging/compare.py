@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from mrpo_lab.evaluation import Evaluation
 from mrpo_lab.main import Experiment
 from mrpo_lab.policy import Policy
 from mrpo_lab.progress import progress
+from mrpo_lab.runs import finished
 from mrpo_lab.workers import Workers
 
 SHARED = ("dataset", "model", "seed", "reference_set", "loss")
@@ -40,17 +40,17 @@ class Finished:
         Raises:
             UserError: there is no finished run of lists with an adapter.
         """
-        config, result = folder / "config.yaml", folder / "result.json"
+        config = folder / "config.yaml"
         if not config.exists():
             raise UserError(f"{folder}: no run; a run is a folder with config.yaml")
-        found = json.loads(result.read_text()) if result.exists() else {}
-        if found.get("status") != "finished":
+        result = finished(folder)
+        if result is None:
             raise UserError(f"{folder}: this run is not finished")
         if not (folder / "trade_off.parquet").exists():
             raise UserError(f"{folder}: this run is not of lists with several aspects")
         if not (folder / "adapter" / "adapter_config.json").exists():
             raise UserError(f"{folder}: no adapter to merge: this run trained all weights")
-        return cls(folder, yaml.safe_load(config.read_text()), found)
+        return cls(folder, yaml.safe_load(config.read_text()), result)
 
     @property
     def aspect(self) -> str:

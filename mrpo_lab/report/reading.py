@@ -126,7 +126,8 @@ def record(
         metrics = metrics.apply(pd.to_numeric, errors="coerce").astype(float)
         metrics = metrics.sort_values("step", kind="stable").drop_duplicates("step", keep="last")
     status = str(result.get("status") or ("running" if silent_for < SILENCE else "stopped"))
-    problem = "" if status == "finished" else str(result.get("error", "")).partition("\n")[0]
+    error = str(result.get("error", "")).strip().partition("\n")[0]
+    problem = "" if status == "finished" else error
     if status in ("running", "stopped"):
         step = int(metrics["step"].max()) if len(metrics) else 0
         problem = f"at step {step}, last line {_ago(silent_for)} ago"
