@@ -9,7 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from mrpo_lab.cli import fail, run_cli
 from mrpo_lab.errors import UserError
-from mrpo_lab.runs import run_name
+from mrpo_lab.runs.naming import run_name
 
 CONF = str(Path(__file__).parent / "conf")
 
@@ -17,7 +17,7 @@ CONF = str(Path(__file__).parent / "conf")
 @hydra.main(version_base="1.3", config_path=CONF, config_name="config")
 def train(cfg: DictConfig) -> float:
     """Accuracy on the test split: what a sweeper would maximise."""
-    from mrpo_lab.main import run_experiment
+    from mrpo_lab.experiment import run_experiment
 
     hydra_config = HydraConfig.get()
     overrides = OmegaConf.to_container(hydra_config.overrides.task, resolve=False)

@@ -29,14 +29,14 @@ from benchmarks.work import (
     timed,
     wait,
 )
-from mrpo_lab.chat import Item, TokenRow
-from mrpo_lab.models import DTYPES, locate
-from mrpo_lab.policy import Policy
-from mrpo_lab.scores import Scores
-from mrpo_lab.scoring import ReplyScorer
-from mrpo_lab.train_config import TrainConfig
-from mrpo_lab.weighting import ARWC
-from mrpo_lab.workers import Workers
+from mrpo_lab.data.texts import Item, TokenRow
+from mrpo_lab.models.policy import Policy
+from mrpo_lab.models.weights import DTYPES, locate
+from mrpo_lab.objective.scores import Scores
+from mrpo_lab.objective.weighting import ARWC
+from mrpo_lab.scoring.scorer import ReplyScorer
+from mrpo_lab.training.config import TrainConfig
+from mrpo_lab.training.workers import Workers
 
 Numbers = dict[str, Any]
 Rows = list[tuple[TokenRow, ...]]

@@ -56,10 +56,10 @@ def prepare(pairs: int, model: str) -> Taken:
     from mrpo_lab.progress import quiet_libraries
 
     quiet_libraries()
-    import mrpo_lab.main  # noqa: F401  as a run does
-    from mrpo_lab import cache
+    import mrpo_lab.experiment  # noqa: F401  as a run does
     from mrpo_lab.embedded.datasets import SyntheticDataset
-    from mrpo_lab.policy import PolicyConfig
+    from mrpo_lab.models.policy import PolicyConfig
+    from mrpo_lab.storage import cache
 
     tokenization = PolicyConfig(path=model, dtype="float32").tokenization
     dataset = SyntheticDataset(pairs=pairs, train=None, val=0.1, test=0.2, max_tokens=256)

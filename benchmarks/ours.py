@@ -16,20 +16,20 @@ import torch
 from omegaconf import DictConfig
 
 from benchmarks.work import BETA
-from mrpo_lab.aspects import Labels
-from mrpo_lab.chat import TokenRow
-from mrpo_lab.evaluation import Data
-from mrpo_lab.lambdas import FixedLambda
-from mrpo_lab.losses import PreferenceLoss, dpo, logistic, no_clip
-from mrpo_lab.policy import Policy
-from mrpo_lab.runs import Run
-from mrpo_lab.scores import Scores
+from mrpo_lab.data.texts import TokenRow
+from mrpo_lab.models.policy import Policy
+from mrpo_lab.objective.aspect_weighting import FixedLambda
+from mrpo_lab.objective.labels import Labels
+from mrpo_lab.objective.losses import PreferenceLoss, dpo, logistic, no_clip
+from mrpo_lab.objective.scores import Scores
+from mrpo_lab.objective.weighting import Weighting
+from mrpo_lab.runs.folder import Run
+from mrpo_lab.runs.tracking import LocalTracker
 from mrpo_lab.seeding import Seeds
-from mrpo_lab.tracking import LocalTracker
-from mrpo_lab.train_config import TrainConfig
-from mrpo_lab.trainer import Trainer
-from mrpo_lab.weighting import Weighting
-from mrpo_lab.workers import Workers
+from mrpo_lab.training.config import TrainConfig
+from mrpo_lab.training.evaluation import Data
+from mrpo_lab.training.trainer import Trainer
+from mrpo_lab.training.workers import Workers
 
 CONF = str(Path(__file__).parents[1] / "conf")
 DPO = PreferenceLoss(combine=dpo, link=logistic, clip=no_clip, beta=BETA, length_normalized=False)

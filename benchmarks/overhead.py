@@ -27,19 +27,19 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from benchmarks.ours import Clock, compose, trainer_of
 from benchmarks.results import Result, report
 from benchmarks.work import BETA, Work, measure
-from mrpo_lab import cache
-from mrpo_lab.chat import Item, TokenRow
 from mrpo_lab.data.rows import parse_item, read_rows
-from mrpo_lab.losses import PreferenceLoss, ctro, logistic, mrpo
-from mrpo_lab.main import Experiment
-from mrpo_lab.policy import Policy
+from mrpo_lab.data.texts import Item, TokenRow
+from mrpo_lab.data.tokenization import Tokenization
+from mrpo_lab.experiment import Experiment
+from mrpo_lab.models.policy import Policy
+from mrpo_lab.models.references import SHARD_ROWS, ReferenceSet
+from mrpo_lab.objective.losses import PreferenceLoss, ctro, logistic, mrpo
+from mrpo_lab.objective.scores import Scores
+from mrpo_lab.objective.weighting import ARWC, SWCW, TSW, Context, Weighting
 from mrpo_lab.progress import quiet_libraries
-from mrpo_lab.references import SHARD_ROWS, ReferenceSet
-from mrpo_lab.scores import Scores
-from mrpo_lab.tokenization import Tokenization
-from mrpo_lab.train_config import TrainConfig
-from mrpo_lab.weighting import ARWC, SWCW, TSW, Context, Weighting
-from mrpo_lab.workers import Workers
+from mrpo_lab.storage import cache
+from mrpo_lab.training.config import TrainConfig
+from mrpo_lab.training.workers import Workers
 
 ROOT = Path(__file__).parents[1]
 REFERENCES = 64

@@ -32,10 +32,10 @@ def main() -> None:
         importlib.import_module(library)
     imported = time.monotonic() - began
     from benchmarks.ours import Clock, compose
-    from mrpo_lab.main import run_experiment
-    from mrpo_lab.models import Checkpoint
-    from mrpo_lab.references import ReferenceSet
-    from mrpo_lab.trainer import Trainer
+    from mrpo_lab.experiment import run_experiment
+    from mrpo_lab.models.references import ReferenceSet
+    from mrpo_lab.models.weights import Checkpoint
+    from mrpo_lab.training.trainer import Trainer
 
     clock = Clock()
     clock.watch(Checkpoint, "load")

@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 
-from mrpo_lab.chat import Item, TokenRow
 from mrpo_lab.data.rows import parse_item, read_rows
-from mrpo_lab.packing import pack
-from mrpo_lab.policy import PolicyConfig
-from mrpo_lab.workers import Workers
+from mrpo_lab.data.texts import Item, TokenRow
+from mrpo_lab.models.policy import PolicyConfig
+from mrpo_lab.scoring.packing import pack
+from mrpo_lab.training.workers import Workers
 
 LORA: dict[str, Any] = {
     "r": 32,

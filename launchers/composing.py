@@ -23,8 +23,8 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from mrpo_lab.errors import UserError
-from mrpo_lab.files import write_whole
-from mrpo_lab.runs import run_name
+from mrpo_lab.runs.naming import run_name
+from mrpo_lab.storage.files import write_whole
 
 SCORED = ("dataset", "model", "reference_set")
 """Sections of a configuration that decide which texts are scored, and by which models."""

@@ -17,9 +17,9 @@ from typing import Any
 from launchers.sweep import Record
 from launchers.tasks import read_tasks
 from mrpo_lab.errors import UserError
-from mrpo_lab.interruption import Interruption, nothing
 from mrpo_lab.progress import quiet_libraries
-from mrpo_lab.runs import cluster_job
+from mrpo_lab.runs.provenance import cluster_job
+from mrpo_lab.training.interruption import Interruption, nothing
 
 PREEMPTED = getattr(signal, "SIG" + os.environ.get("SUBMITIT_PREEMPT_SIGNAL", "USR2"))
 """What a cluster sends before time is up: save, and go on in another job."""

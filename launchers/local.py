@@ -233,7 +233,7 @@ def main() -> None:
 
     quiet_libraries()
     if not gpus():  # some libraries begin with CUDA when imported, which no fork survives
-        import mrpo_lab.main  # noqa: F401  # once, for all tasks
+        import mrpo_lab.experiment  # noqa: F401  # once, for all tasks
 
     Supervisor(Path(sys.argv[1]), int(sys.argv[2])).work()
 

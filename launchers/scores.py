@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mrpo_lab import cache
-from mrpo_lab.files import write_whole
+from mrpo_lab.storage import cache
+from mrpo_lab.storage.files import write_whole
 
 TOKENIZED_BY = ("path", "revision", "template", "trust_remote_code")
 """Of a policy, what decides which pairs are eligible."""

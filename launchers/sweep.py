@@ -29,8 +29,8 @@ from filelock import FileLock
 
 from launchers.tasks import Task, read_tasks
 from mrpo_lab.errors import UserError
-from mrpo_lab.files import write_whole
-from mrpo_lab.runs import finished
+from mrpo_lab.runs.folder import finished
+from mrpo_lab.storage.files import write_whole
 
 STATES = ("finished", "running", "queued", "failed", "dead", "new")
 """``failed`` ended with an error; ``dead`` was killed or cancelled; ``new`` was never submitted."""

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from launchers.wording import counted
 from mrpo_lab.errors import UserError
-from mrpo_lab.tracking import wandb_mode
+from mrpo_lab.runs.tracking import wandb_mode
 
 
 def sync(outputs: Path, parallel: int) -> int:

@@ -10,8 +10,8 @@ from typing import Any, ClassVar, TypeVar
 
 from omegaconf import DictConfig
 
-from mrpo_lab.interruption import Interruption
-from mrpo_lab.runs import run_name
+from mrpo_lab.runs.naming import run_name
+from mrpo_lab.training.interruption import Interruption
 
 T = TypeVar("T", bound="Task")
 
@@ -65,7 +65,7 @@ class Score(Task):
 
     def perform(self, interruption: Interruption) -> None:
         from launchers.scores import put_mark
-        from mrpo_lab.main import score_reference
+        from mrpo_lab.experiment import score_reference
 
         for key, run in self.runs.items():
             cfg, _ = compose(Path(self.sweep) / run["conf"], run["overrides"])
@@ -96,7 +96,7 @@ class Train(Task):
         return [f"scores {key}" for key in self.scores]
 
     def perform(self, interruption: Interruption) -> None:
-        from mrpo_lab.main import run_experiment
+        from mrpo_lab.experiment import run_experiment
 
         cfg, name = compose(Path(self.sweep) / self.conf, self.overrides)
         assert name == self.name, f"{self.name} was asked for, its configuration is of {name}"

@@ -9,10 +9,11 @@ from typing import Any, get_type_hints
 
 from hydra.errors import InstantiationException
 from hydra.utils import get_object, instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+import mrpo_lab
 from mrpo_lab.errors import UserError, first_line
 
 ALLOWED = ("mrpo_lab.", "launchers.", "torch.optim.", "bitsandbytes.optim.")
@@ -20,13 +21,35 @@ ALLOWED = ("mrpo_lab.", "launchers.", "torch.optim.", "bitsandbytes.optim.")
 RESERVED = {"_target_", "_partial_", "_convert_", "_recursive_", "_args_"}
 
 
+def use_public_names(cfg: DictConfig | ListConfig) -> None:
+    """Rewrite each ``_target_`` of this project to its public name, in place.
+
+    ``mrpo_lab.losses.mdpo``, as saved before modules moved, becomes ``mrpo_lab.mdpo``. Targets that
+    are not public stay as they are.
+    """
+
+    keys = range(len(cfg)) if isinstance(cfg, ListConfig) else list(cfg)
+    for key in keys:
+        if OmegaConf.is_missing(cfg, key) or OmegaConf.is_interpolation(cfg, key):
+            continue
+        if isinstance(cfg[key], (DictConfig, ListConfig)):
+            use_public_names(cfg[key])
+        elif key == "_target_":
+            path = str(cfg[key]).split(".")
+            if path[0] == "mrpo_lab" and path[-1] in mrpo_lab.__all__:
+                cfg[key] = f"mrpo_lab.{path[-1]}"
+
+
 def check(cfg: DictConfig) -> dict[str, Any]:
-    """The resolved configuration, after every problem in it has been looked for.
+    """Return the resolved configuration after looking for every problem in it.
+
+    Targets of this project are renamed to public ones in ``cfg`` itself.
 
     Raises:
         UserError: all problems in one line: missing values, ``_target_`` outside ``ALLOWED``, keys
             or types that do not fit the signature that a node is for.
     """
+    use_public_names(cfg)
     try:
         missing = sorted(OmegaConf.missing_keys(cfg))
         tree = OmegaConf.to_container(cfg, resolve=True)

@@ -26,8 +26,8 @@ from torch import Tensor
 from launchers.cluster import Cluster, build
 from launchers.composing import Composer
 from launchers.rectangles import expand
-from mrpo_lab import checkpoint
-from mrpo_lab.main import run_experiment
+from mrpo_lab.experiment import run_experiment
+from mrpo_lab.training import state_file as checkpoint
 
 ROOT = Path(__file__).parents[1]
 CONF = ROOT / "conf"

@@ -37,8 +37,8 @@ def config(dataset: str, loss: str, weighting: str, seed: int, **changes: Any) -
         _base.update(configs.check(compose("experiment=quickstart")))
     made = copy.deepcopy(_base)
     made["name"] = "study"
-    made["loss"]["combine"]["_target_"] = f"mrpo_lab.losses.{loss}"
-    made["weighting"] = {"_target_": f"mrpo_lab.weighting.{CLASSES[weighting]}"}
+    made["loss"]["combine"]["_target_"] = f"mrpo_lab.objective.losses.{loss}"
+    made["weighting"] = {"_target_": f"mrpo_lab.objective.weighting.{CLASSES[weighting]}"}
     made["seed"]["root"] = seed
     made["reference_set"] |= {
         "anchor": SLUGS[0],

@@ -26,12 +26,12 @@ from benchmarks.overhead import WEIGHTINGS, fill, small_steps, start, trial
 from benchmarks.results import Result, report
 from benchmarks.shapes import PROFILES
 from benchmarks.work import Work, flops, matmul_peak, plain_flops
-from mrpo_lab import attention
-from mrpo_lab.chat import Item
-from mrpo_lab.models import Checkpoint
-from mrpo_lab.references import ReferenceSet
-from mrpo_lab.scoring import ReplyScorer
-from mrpo_lab.store import reply_ids
+from mrpo_lab.data.ids import reply_ids
+from mrpo_lab.data.texts import Item
+from mrpo_lab.models.references import ReferenceSet
+from mrpo_lab.models.weights import Checkpoint
+from mrpo_lab.scoring import attention
+from mrpo_lab.scoring.scorer import ReplyScorer
 
 pytest_plugins = ("surroundings",)
 WORK = Work(

@@ -12,19 +12,18 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mrpo_lab.chat import (
+from mrpo_lab.data.chat import (
     ChatFormat,
-    Item,
-    TokenRow,
     common_prefix,
     fold_system,
     format_fingerprint,
     load_format,
 )
+from mrpo_lab.data.ids import reply_ids
+from mrpo_lab.data.texts import Item, TokenRow
+from mrpo_lab.data.tokenization import Tokenization
 from mrpo_lab.errors import UserError
-from mrpo_lab.scoring import ReplyScorer
-from mrpo_lab.store import reply_ids
-from mrpo_lab.tokenization import Tokenization
+from mrpo_lab.scoring.scorer import ReplyScorer
 
 SLUGS = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma2", "neox")
 END = {
@@ -338,7 +337,7 @@ class TestLengths:
         monkeypatch.setenv("MRPO_LAB_CACHE", str(tmp_path))
 
     def test_are_those_of_the_rows(self, tiny7_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("mrpo_lab.tokenization.CHUNK", 2)
+        monkeypatch.setattr("mrpo_lab.data.tokenization.CHUNK", 2)
         tokenizer = Tokenization("x", tiny7_dir / "tiny-mistral")
         lengths = tokenizer.lengths(self.ITEMS, reply_ids(self.ITEMS))
         rows = [one(tokenizer.format, item) for item in self.ITEMS[:2]]

@@ -14,9 +14,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mrpo_lab import checkpoint
-from mrpo_lab.checkpoint import load_state, save_state
 from mrpo_lab.errors import UserError
+from mrpo_lab.training import state_file as checkpoint
+from mrpo_lab.training.state_file import load_state, save_state
 
 TENSORS = st.builds(
     lambda shape, dtype: (torch.arange(int(np.prod(shape))).reshape(shape) - 3).to(dtype),

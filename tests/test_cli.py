@@ -13,9 +13,9 @@ from harness import SLUGS, TINY, read_json, train_py
 from hydra.errors import MissingConfigException
 from transformers import AutoModelForCausalLM
 
-from mrpo_lab import cache
 from mrpo_lab.cli import explain, named_seed
-from mrpo_lab.trainer import Trainer
+from mrpo_lab.storage import cache
+from mrpo_lab.training.trainer import Trainer
 
 pytest_plugins = ("surroundings",)
 pytestmark = pytest.mark.usefixtures("surroundings")
@@ -43,7 +43,10 @@ TYPOS: dict[str, tuple[list[str], str]] = {
     "seed": (["seed=77"], "seed=s77: no such option"),
     "key": (["loss.btea=1"], "loss.btea: no such key, did you mean beta? choose from beta, clip"),
     "group": (["weihgting=vaw"], "weihgting: no such key, did you mean weighting? choose from"),
-    "added key": (["+loss.btea=1"], "loss.btea: unknown; mrpo_lab.losses.PreferenceLoss takes"),
+    "added key": (
+        ["+loss.btea=1"],
+        "loss.btea: unknown; mrpo_lab.objective.losses.PreferenceLoss takes",
+    ),
     "below a leaf": (["train.epochs.x=1"], "train.epochs.x: no such key"),
     "no value": (["loss.beta"], "loss.beta: cannot be read as key=value: "),
     "open bracket": (["loss=[mdpo"], "loss=[mdpo: cannot be read as key=value: "),
@@ -84,7 +87,7 @@ TYPOS: dict[str, tuple[list[str], str]] = {
     ),
     "look-alike": (["loss._target_=mrpo_labs.x"], "loss: _target_ mrpo_labs.x is outside"),
     "absent": (
-        ["loss.combine._target_=mrpo_lab.losses.nope"],
+        ["loss.combine._target_=mrpo_lab.objective.losses.nope"],
         "loss.combine: _target_ mrpo_lab.lo",
     ),
     # values that do not fit one another

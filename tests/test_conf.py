@@ -20,10 +20,11 @@ from omegaconf import OmegaConf
 
 from mrpo_lab import configs
 from mrpo_lab.errors import UserError
-from mrpo_lab.main import Experiment
-from mrpo_lab.runs import Run, run_name
-from mrpo_lab.trainer import Trainer
-from mrpo_lab.workers import Workers
+from mrpo_lab.experiment import Experiment
+from mrpo_lab.runs.folder import Run
+from mrpo_lab.runs.naming import run_name
+from mrpo_lab.training.trainer import Trainer
+from mrpo_lab.training.workers import Workers
 
 pytest_plugins = ("surroundings",)
 pytestmark = pytest.mark.usefixtures("surroundings")

@@ -16,8 +16,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mrpo_lab.chat import Item
-from mrpo_lab.data import FileDataset, parse_item, read_rows
+from mrpo_lab.data.dataset import FileDataset
+from mrpo_lab.data.rows import parse_item, read_rows
+from mrpo_lab.data.texts import Item
 from mrpo_lab.errors import UserError
 
 SYSTEM = {"role": "system", "content": "Be brief."}

@@ -12,14 +12,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mrpo_lab.chat import Item
-from mrpo_lab.data import Dataset, FileDataset, Prepared
-from mrpo_lab.data.dataset import describe
+from mrpo_lab.data.dataset import Dataset, FileDataset, Prepared, describe
+from mrpo_lab.data.ids import reply_ids
 from mrpo_lab.data.rows import Row
+from mrpo_lab.data.texts import Item
+from mrpo_lab.data.tokenization import Tokenization
 from mrpo_lab.embedded.synthetic import synthetic_rows
 from mrpo_lab.errors import UserError
-from mrpo_lab.store import reply_ids
-from mrpo_lab.tokenization import Tokenization
 
 Pair = tuple[str, str, str]
 

@@ -18,16 +18,17 @@ from omegaconf import DictConfig, OmegaConf
 from report_runs import make_run
 
 from launchers.__main__ import parser
-from mrpo_lab import configs, losses
+from mrpo_lab import configs
 from mrpo_lab.cli import named_seed
 from mrpo_lab.data.dataset import Dataset
 from mrpo_lab.data.rows import read_rows
 from mrpo_lab.merging import __main__ as merging
+from mrpo_lab.objective import losses
+from mrpo_lab.objective.scores import Scores
+from mrpo_lab.objective.weighting import Context
+from mrpo_lab.objective.weighting.offline import Offline
 from mrpo_lab.report import __main__ as report
 from mrpo_lab.report import wandb_runs
-from mrpo_lab.scores import Scores
-from mrpo_lab.weighting import Context
-from mrpo_lab.weighting.offline import Offline
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

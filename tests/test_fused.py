@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from mrpo_lab import lora, norms, swiglu
+from mrpo_lab.scoring.kernels import lora, norms, swiglu
 
 LORA: dict[str, Any] = {"r": 4, "lora_alpha": 6, "target_modules": "all-linear"}
 IDS = torch.tensor([[5, 9, 2, 44, 7], [3, 3, 60, 1, 8]])

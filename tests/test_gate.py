@@ -15,16 +15,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from mrpo_lab import gate, references
-from mrpo_lab.chat import Item, TokenRow
-from mrpo_lab.data import parse_item
+from mrpo_lab.data.ids import reply_ids
+from mrpo_lab.data.rows import parse_item
+from mrpo_lab.data.texts import Item, TokenRow
 from mrpo_lab.embedded.synthetic import synthetic_rows
 from mrpo_lab.errors import UserError
-from mrpo_lab.gate import OUTLIER, Finding, check_guess, check_outliers, check_scoring
-from mrpo_lab.references import Reference, ReferenceSet
-from mrpo_lab.scores import Scores
-from mrpo_lab.scoring import ReplyScorer, Side, collate
-from mrpo_lab.store import Table, reply_ids
+from mrpo_lab.models import gate, references
+from mrpo_lab.models.gate import OUTLIER, Finding, check_guess, check_outliers, check_scoring
+from mrpo_lab.models.references import Reference, ReferenceSet
+from mrpo_lab.objective.scores import Scores
+from mrpo_lab.scoring.scorer import ReplyScorer, Side, collate
+from mrpo_lab.storage.tables import Table
 
 CPU = torch.device("cpu")
 SLUGS = ("qwen2", "llama", "mistral", "qwen3", "phi3", "gemma2", "neox")

@@ -11,11 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks.memory import BYTES, measure
-from mrpo_lab.chat import Item
-from mrpo_lab.data import Items, ListDataset
+from mrpo_lab.data.ids import reply_ids
+from mrpo_lab.data.lists import ListDataset
+from mrpo_lab.data.spool import Items
+from mrpo_lab.data.texts import Item
+from mrpo_lab.data.tokenization import Tokenization
 from mrpo_lab.errors import UserError
-from mrpo_lab.store import reply_ids
-from mrpo_lab.tokenization import Tokenization
 
 pytest_plugins = ("surroundings",)
 TEXTS = st.text(st.characters(codec=None))  # half of a surrogate pair too

@@ -10,7 +10,7 @@ import pytest
 import scipy.stats
 import torch
 
-from mrpo_lab.lambdas import (
+from mrpo_lab.objective.aspect_weighting import (
     DirichletLambda,
     FixedLambda,
     LambdaContext,

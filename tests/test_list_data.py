@@ -13,10 +13,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mrpo_lab.data import ListDataset, Prepared
-from mrpo_lab.data.lists import parse_list
+from mrpo_lab.data.dataset import Prepared
+from mrpo_lab.data.lists import ListDataset, parse_list
+from mrpo_lab.data.tokenization import Tokenization
 from mrpo_lab.errors import UserError
-from mrpo_lab.tokenization import Tokenization
 
 SHARED = Path(os.environ.get("MRPO_LAB_SHARED", Path(__file__).parents[2] / "shared"))
 NAN = math.nan

@@ -22,15 +22,15 @@ from harness import (
 from test_list_data import rows, write
 from test_processes import launch
 
-from mrpo_lab.aspects import conditioned
-from mrpo_lab.main import Experiment, run_experiment
+from mrpo_lab.data.conditioning import conditioned
+from mrpo_lab.experiment import Experiment, run_experiment
 from mrpo_lab.merging import __main__ as merging
-from mrpo_lab.ranking import RANKINGS
+from mrpo_lab.objective.ranking import RANKINGS
 from mrpo_lab.report import __main__ as report
-from mrpo_lab.runs import Run
-from mrpo_lab.trade_off import curves, hypervolume, hypervolumes
-from mrpo_lab.trainer import Trainer
-from mrpo_lab.workers import Workers
+from mrpo_lab.runs.folder import Run
+from mrpo_lab.runs.trade_off import curves, hypervolume, hypervolumes
+from mrpo_lab.training.trainer import Trainer
+from mrpo_lab.training.workers import Workers
 
 pytest_plugins = ("surroundings",)
 pytestmark = pytest.mark.usefixtures("surroundings")

@@ -14,12 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_losses import CLIPS, COMBINATIONS
 
-from mrpo_lab import losses, ranking
-from mrpo_lab.aspects import Labels
-from mrpo_lab.losses import PreferenceLoss
-from mrpo_lab.metrics import batch_metrics
-from mrpo_lab.scores import Scores, per_prompt
-from mrpo_lab.weighting import ARWC, SWCW, to_simplex
+from mrpo_lab.objective import losses, ranking
+from mrpo_lab.objective.labels import Labels
+from mrpo_lab.objective.losses import PreferenceLoss
+from mrpo_lab.objective.scores import Scores, per_prompt
+from mrpo_lab.objective.weighting import ARWC, SWCW, to_simplex
+from mrpo_lab.training.metrics import batch_metrics
 
 tensor = partial(torch.tensor, dtype=torch.float64)
 close = partial(torch.testing.assert_close, rtol=1e-12, atol=1e-12)

@@ -23,9 +23,9 @@ from omegaconf import OmegaConf
 from oracles import Matrix, Row
 from torch import Tensor
 
-from mrpo_lab import losses
-from mrpo_lab.losses import Clip, Combination, Link, PreferenceLoss, effective_sample_size
-from mrpo_lab.scores import Scores
+from mrpo_lab.objective import losses
+from mrpo_lab.objective.losses import Clip, Combination, Link, PreferenceLoss, effective_sample_size
+from mrpo_lab.objective.scores import Scores
 
 
 def heaviest(refs: Matrix, alpha: Row) -> Row:
@@ -401,4 +401,4 @@ def test_every_shipped_choice_has_a_row(folder: str, node: str | None, table: An
     shipped: list[Any] = [OmegaConf.load(file) for file in sorted(files)]
     targets = {(choice[node] if node else choice)["_target_"] for choice in shipped}
     functions = [getattr(row[0], "func", row[0]) for row in table.values()]
-    assert targets == {f"mrpo_lab.losses.{function.__name__}" for function in functions}
+    assert targets == {f"mrpo_lab.objective.losses.{function.__name__}" for function in functions}

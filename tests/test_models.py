@@ -12,14 +12,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from whole_logits import assert_same_gradient, gradient, slow_score, weighted
 
-from mrpo_lab.chat import TokenRow
-from mrpo_lab.data import parse_item
+from mrpo_lab.data.rows import parse_item
+from mrpo_lab.data.texts import TokenRow
 from mrpo_lab.embedded.synthetic import synthetic_rows
 from mrpo_lab.errors import UserError
-from mrpo_lab.models import locate, weights_hash
-from mrpo_lab.policy import PolicyConfig
-from mrpo_lab.references import Reference
-from mrpo_lab.scoring import ReplyScorer, Side
+from mrpo_lab.models.policy import PolicyConfig
+from mrpo_lab.models.references import Reference
+from mrpo_lab.models.weights import locate, weights_hash
+from mrpo_lab.scoring.scorer import ReplyScorer, Side
 
 CPU = torch.device("cpu")
 LORA: dict[str, Any] = {

@@ -23,11 +23,12 @@ from transformers import (
 )
 from whole_logits import VOCABULARY, gradient, slow_score, weighted
 
-from mrpo_lab import attention, scoring
-from mrpo_lab.attention import How
-from mrpo_lab.chat import TokenRow
-from mrpo_lab.packing import Multiples, balanced, pack, packed_tokens, shared_tokens
-from mrpo_lab.scoring import Replies, ReplyScorer
+from mrpo_lab.data.texts import Replies, TokenRow
+from mrpo_lab.scoring import attention
+from mrpo_lab.scoring import scorer as scoring
+from mrpo_lab.scoring.attention import How
+from mrpo_lab.scoring.packing import Multiples, balanced, pack, packed_tokens, shared_tokens
+from mrpo_lab.scoring.scorer import ReplyScorer
 
 CPU = torch.device("cpu")
 LINEAR: dict[str, Any] = {
@@ -89,7 +90,7 @@ class TestEveryArchitecture:
     def test_values_and_gradients(self, name: str, caplog: pytest.LogCaptureFixture) -> None:
         model = self.model(name)
         scorer = ReplyScorer(model)
-        with caplog.at_level(logging.INFO, logger="mrpo_lab.scoring"):
+        with caplog.at_level(logging.INFO, logger="mrpo_lab.scoring.scorer"):
             scorer.check_packing(ITEMS)
         assert scorer.packs == (name not in ALONE)
         said = [r.message for r in caplog.records if "so each is computed alone" in r.message]
@@ -232,7 +233,7 @@ def test_attention_with_dropout_is_left_to_the_model(caplog: pytest.LogCaptureFi
     scorer.check_packing(ITEMS)
     assert scorer.packs
     model.train()
-    with caplog.at_level(logging.INFO, logger="mrpo_lab.scoring"):
+    with caplog.at_level(logging.INFO, logger="mrpo_lab.scoring.scorer"):
         noisy = [scorer.logps(ITEMS)[0] for _ in range(2)]
     assert not scorer.packs
     (line,) = caplog.messages

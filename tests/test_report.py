@@ -126,7 +126,11 @@ class TestStudy:
 
     def test_parameters_are_named_where_they_differ(self, tmp_path: Path) -> None:
         for prior in (10.0, 5.0):
-            weighting = {"_target_": "mrpo_lab.weighting.TSW", "prior": prior, "probe_size": 20}
+            weighting = {
+                "_target_": "mrpo_lab.TSW",
+                "prior": prior,
+                "probe_size": 20,
+            }
             make_run(tmp_path, weighting="tsw", suffix=f"p{prior}", weighting__prior=prior)
             assert weighting["prior"] == prior
         assert study(tmp_path).methods == ["mdpo · tsw prior=5.0", "mdpo · tsw prior=10.0"]

@@ -17,12 +17,12 @@ from harness import (
     result,
 )
 
-from mrpo_lab import checkpoint
 from mrpo_lab.errors import UserError
-from mrpo_lab.main import run_experiment
-from mrpo_lab.policy import Policy
-from mrpo_lab.runs import Run
-from mrpo_lab.trainer import Trainer
+from mrpo_lab.experiment import run_experiment
+from mrpo_lab.models.policy import Policy
+from mrpo_lab.runs.folder import Run
+from mrpo_lab.training import state_file as checkpoint
+from mrpo_lab.training.trainer import Trainer
 
 pytest_plugins = ("surroundings",)
 pytestmark = pytest.mark.usefixtures("surroundings")

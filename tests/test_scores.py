@@ -4,7 +4,7 @@ import pytest
 import torch
 from jaxtyping import TypeCheckError
 
-from mrpo_lab.scores import Scores
+from mrpo_lab.objective.scores import Scores
 
 TWO_BY_TWO = Scores(
     sums=torch.tensor([[[-2.0, -3.0], [-8.0, -4.0]], [[-6.0, -6.0], [-1.0, -9.0]]]),

@@ -40,10 +40,11 @@ from whole_logits import (
     whole_logits,
 )
 
-from mrpo_lab import head
-from mrpo_lab.chat import Item, TokenRow, load_format
+from mrpo_lab.data.chat import load_format
+from mrpo_lab.data.texts import Item, TokenRow
 from mrpo_lab.embedded.synthetic import synthetic_rows
-from mrpo_lab.scoring import ReplyScorer, Side, collate
+from mrpo_lab.scoring import head
+from mrpo_lab.scoring.scorer import ReplyScorer, Side, collate
 
 SPECIAL: dict[str, Any] = {
     "vocab_size": VOCABULARY,
@@ -107,7 +108,7 @@ class TestAgainstWholeLogits:
                 assert float(found) == pytest.approx(expected, abs=2e-5)
                 assert int(count) == len(row.ids) - row.start
         assert sums.dtype == torch.float64
-        ours = [record for record in caplog.records if record.name == "mrpo_lab.scoring"]
+        ours = [record for record in caplog.records if record.name == "mrpo_lab.scoring.scorer"]
         assert not ours  # no family of these needs its whole logits
 
     def test_gradients_of_a_batch_are_those_of_its_rows(self, name: str, side: Side) -> None:

@@ -20,17 +20,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-from mrpo_lab import references
-from mrpo_lab.chat import Item
-from mrpo_lab.data import Dataset
+from mrpo_lab.data.dataset import Dataset
+from mrpo_lab.data.ids import reply_ids
 from mrpo_lab.data.rows import Row
+from mrpo_lab.data.texts import Item
 from mrpo_lab.embedded.synthetic import synthetic_rows
 from mrpo_lab.errors import UserError
-from mrpo_lab.policy import PolicyConfig
-from mrpo_lab.references import Reference, ReferenceSet
-from mrpo_lab.scores import Scores
-from mrpo_lab.scoring import ReplyScorer
-from mrpo_lab.store import Table, reply_ids
+from mrpo_lab.models import references
+from mrpo_lab.models.policy import PolicyConfig
+from mrpo_lab.models.references import Reference, ReferenceSet
+from mrpo_lab.objective.scores import Scores
+from mrpo_lab.scoring.scorer import ReplyScorer
+from mrpo_lab.storage.tables import Table
 
 CPU = torch.device("cpu")
 COLUMNS = {"sums": "f8", "counts": "i8"}

@@ -24,8 +24,8 @@ from launchers.tasks import Score
 from launchers.watching import remaining, status_lines
 from launchers.wording import duration
 from mrpo_lab.errors import UserError
-from mrpo_lab.interruption import Interruption
-from mrpo_lab.runs import run_name
+from mrpo_lab.runs.naming import run_name
+from mrpo_lab.training.interruption import Interruption
 
 pytest_plugins = ("surroundings",)
 pytestmark = pytest.mark.usefixtures("surroundings")
@@ -285,7 +285,7 @@ def test_forked_children_do_not_answer_the_cluster(tmp_path: Path) -> None:
     program = (
         "import os, signal, sys, time\n"
         "from launchers.job import PREEMPTED, answer_signals\n"
-        "from mrpo_lab.interruption import Interruption\n"
+        "from mrpo_lab.training.interruption import Interruption\n"
         "run = Interruption()\n"
         "answer_signals(run, lambda: print('left', os.getpid() == parent, flush=True))\n"
         "parent = os.getpid()\n"

@@ -8,8 +8,8 @@ import torch
 from oracles import Row
 from scipy.stats import beta as beta_distribution
 
-from mrpo_lab.scores import Scores
-from mrpo_lab.weighting import TSW, Context
+from mrpo_lab.objective.scores import Scores
+from mrpo_lab.objective.weighting import TSW, Context
 
 SLUGS = ["anchor", "b", "c"]
 BATCH = Scores(-torch.ones(1, 3, 2), torch.ones(1, 3, 2, dtype=torch.int64))

@@ -11,7 +11,7 @@ import wandb_files
 import yaml
 from harness import TINY, read_json, train_py
 
-from mrpo_lab.tracking import LocalTracker, WandbTracker, wandb_mode
+from mrpo_lab.runs.tracking import LocalTracker, WandbTracker, wandb_mode
 
 pytest_plugins = ("surroundings",)
 pytestmark = pytest.mark.usefixtures("surroundings")

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from mrpo_lab import embedded
-from mrpo_lab.chat import Item, TokenRow
-from mrpo_lab.checkpoint import load_state
+from mrpo_lab.data.texts import Item, TokenRow
 from mrpo_lab.errors import UserError
-from mrpo_lab.evaluation import Data
-from mrpo_lab.main import Experiment, run_experiment
-from mrpo_lab.policy import Policy, PolicyConfig
+from mrpo_lab.experiment import Experiment, run_experiment
+from mrpo_lab.models.policy import Policy, PolicyConfig
+from mrpo_lab.training.evaluation import Data
+from mrpo_lab.training.state_file import load_state
 
 pytest_plugins = ("surroundings",)
 pytestmark = pytest.mark.usefixtures("surroundings")

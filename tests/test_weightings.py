@@ -24,9 +24,8 @@ from omegaconf import OmegaConf
 from oracles import Matrix, Row
 from torch import Tensor
 
-from mrpo_lab.checkpoint import load_state, save_state
-from mrpo_lab.scores import Scores
-from mrpo_lab.weighting import (
+from mrpo_lab.objective.scores import Scores
+from mrpo_lab.objective.weighting import (
     ARWC,
     RMC,
     SWCW,
@@ -43,6 +42,7 @@ from mrpo_lab.weighting import (
     Weighting,
     to_simplex,
 )
+from mrpo_lab.training.state_file import load_state, save_state
 
 close = partial(torch.testing.assert_close, rtol=1e-6, atol=1e-6)
 tensor = partial(torch.tensor, dtype=torch.float64)
@@ -384,4 +384,6 @@ def test_every_shipped_weighting_has_a_row() -> None:
     shipped: list[Any] = [OmegaConf.load(file) for file in sorted(files)]
     world = World(scores_of([[0.0]]), [], [])
     rows = {type(entry.build(world)).__name__ for entry in WEIGHTINGS.values()}
-    assert {node["_target_"] for node in shipped} == {f"mrpo_lab.weighting.{row}" for row in rows}
+    assert {node["_target_"] for node in shipped} == {
+        f"mrpo_lab.objective.weighting.{row}" for row in rows
+    }

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mrpo_lab.chat import TokenRow
+from mrpo_lab.data.texts import TokenRow
 
 VOCABULARY = 97
 EOS = 2  # and padding

@@ -10,13 +10,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mrpo_lab.aspects import Labels
-from mrpo_lab.chat import Item
-from mrpo_lab.data.items import Items
 from mrpo_lab.data.rows import Row, parse_item, read_rows
+from mrpo_lab.data.spool import Items
+from mrpo_lab.data.texts import Item
+from mrpo_lab.data.tokenization import Lengths, Tokenization
 from mrpo_lab.errors import UserError
-from mrpo_lab.store import NONE
-from mrpo_lab.tokenization import Lengths, Tokenization
+from mrpo_lab.objective.labels import Labels
+from mrpo_lab.storage.tables import NONE
 
 SPLITS = ("train", "val", "test")
 

@@ -12,14 +12,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from mrpo_lab.aspects import Labels
-from mrpo_lab.chat import Item
 from mrpo_lab.data.dataset import SPLITS, FileDataset, Prepared
-from mrpo_lab.data.items import Items
+from mrpo_lab.data.ids import reply_ids
 from mrpo_lab.data.rows import Row, as_prompt, checked
+from mrpo_lab.data.spool import Items
+from mrpo_lab.data.texts import Item
+from mrpo_lab.data.tokenization import Tokenization
 from mrpo_lab.errors import UserError
-from mrpo_lab.store import reply_ids
-from mrpo_lab.tokenization import Tokenization
+from mrpo_lab.objective.labels import Labels
 
 Ratings = dict[str, tuple[float, ...]]
 

@@ -10,9 +10,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from mrpo_lab import hub
-from mrpo_lab.chat import Item, Message
+from mrpo_lab.data.texts import Item, Message
 from mrpo_lab.errors import UserError, first_line
+from mrpo_lab.storage import hub
 
 Row = Mapping[str, Any]
 ROLES = ("system", "user", "assistant")

@@ -4,8 +4,8 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from mrpo_lab import cache
 from mrpo_lab.errors import UserError
+from mrpo_lab.storage import cache
 
 
 def folder(name: str) -> Path:

@@ -16,7 +16,7 @@ from pathlib import Path
 from mrpo_lab.cli import fail
 from mrpo_lab.errors import UserError
 from mrpo_lab.progress import quiet_libraries
-from mrpo_lab.trade_off import table, write_trade_off
+from mrpo_lab.runs.trade_off import table, write_trade_off
 
 
 def parser() -> argparse.ArgumentParser:

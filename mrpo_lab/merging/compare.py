@@ -14,13 +14,14 @@ from jaxtyping import Float
 from omegaconf import OmegaConf
 from torch import Tensor
 
+from mrpo_lab import configs
 from mrpo_lab.errors import UserError
-from mrpo_lab.evaluation import Evaluation
-from mrpo_lab.main import Experiment
-from mrpo_lab.policy import Policy
+from mrpo_lab.experiment import Experiment
+from mrpo_lab.models.policy import Policy
 from mrpo_lab.progress import progress
-from mrpo_lab.runs import finished
-from mrpo_lab.workers import Workers
+from mrpo_lab.runs.folder import finished
+from mrpo_lab.training.evaluation import Evaluation
+from mrpo_lab.training.workers import Workers
 
 SHARED = ("dataset", "model", "seed", "reference_set", "loss")
 """Sections of the configuration in which the runs must be alike."""
@@ -77,7 +78,9 @@ class Finished:
 
 def compare(told: Finished, alone: Mapping[str, Finished]) -> list[dict[str, Any]]:
     """The trade-off of the told policy, of each policy of one aspect, and of their merges."""
-    experiment = Experiment.build(OmegaConf.create(told.config), Workers.start())
+    cfg = OmegaConf.create(told.config)
+    configs.check(cfg)
+    experiment = Experiment.build(cfg, Workers.start())
     prepared = experiment.prepare()
     # Merged policies were trained on one aspect each, and are not told lambda.
     data = replace(experiment.data(prepared), tokenize=experiment.untold(prepared), told=False)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mrpo_lab.report.reading import Record
-from mrpo_lab.runs import NO_CHANGE
+from mrpo_lab.runs.identity import NO_CHANGE
 
 LOSSES = ("dpo", "mdpo", "mrpo", "geometric")
 WEIGHTINGS = (

@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 
 from mrpo_lab.report.study import Study
-from mrpo_lab.trade_off import LAMBDA, curves, hypervolume
+from mrpo_lab.runs.trade_off import LAMBDA, curves, hypervolume
 
 METRICS = {
     "pairwise": "pairwise agreement",

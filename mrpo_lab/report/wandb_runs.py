@@ -16,7 +16,7 @@ import pandas as pd
 from mrpo_lab.errors import UserError
 from mrpo_lab.progress import progress
 from mrpo_lab.report.reading import Record, record
-from mrpo_lab.tracking import FILES, wandb_mode
+from mrpo_lab.runs.tracking import FILES, wandb_mode
 
 STATES = {"crashed": "stopped", "killed": "interrupted", "preempted": "interrupted"}
 

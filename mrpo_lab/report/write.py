@@ -7,13 +7,13 @@ from pathlib import Path
 import vl_convert
 
 from mrpo_lab.errors import UserError
-from mrpo_lab.files import write_whole
 from mrpo_lab.progress import progress
 from mrpo_lab.report import findings, page, provenance
 from mrpo_lab.report.comparisons import comparisons
 from mrpo_lab.report.figures import Figure, all_figures
 from mrpo_lab.report.study import Study
 from mrpo_lab.report.tables import Table, all_tables
+from mrpo_lab.storage.files import write_whole
 
 SCALE = 2.0
 """Pixels of a PNG for each of the figure's points."""

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mrpo_lab.runs import Run
+from mrpo_lab.runs.folder import Run
 
 plants = Path(os.environ["PLANTS"])
 log = Run.log

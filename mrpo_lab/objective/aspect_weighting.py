@@ -1,0 +1,289 @@
+"""How lambda, the weights of the aspects of a list, is chosen once per optimizer step.
+
+lambda is on the simplex over A aspects, in their order. Pairs have one aspect: lambda is (1,).
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mrpo_lab.objective import simplex
+
+MAX_POINTS = 1000
+
+
+@dataclass(frozen=True)
+class LambdaContext:
+    """All that a sampler may know before step 0."""
+
+    aspects: list[str]
+    rng: np.random.Generator
+    probe_loss: Callable[[np.ndarray], float]
+    """The policy's listwise loss now, in nats, averaged over the aspects, on a subset of the
+    validation lists, given by their numbers from 0."""
+    num_val: int
+
+
+class LambdaSampler(ABC):
+    """Says lambda at every step. Every hook is called on every sampler."""
+
+    def __init__(self, condition: bool = False, grid: int = 4) -> None:
+        """
+        Args:
+            condition: tell the policy lambda in its system prompt, so that it can be chosen later.
+            grid: after training, lambda is tried at all multiples of 1 / ``grid``.
+        """
+        if grid < 1:
+            raise ValueError(f"grid must be 1 or more, got {grid}")
+        self.condition, self._grid = condition, grid
+
+    def check(self, aspects: list[str], num_val: int) -> None:
+        """Refuse, with a ValueError, what does not fit the aspects or the number of validation
+        lists. Called before any model is loaded."""
+        if self.condition and len(aspects) < 2:
+            raise ValueError(f"condition: {aspects[0]} is the only aspect, there is no trade-off")
+        if self.condition and simplex.grid_size(self._grid, len(aspects)) > MAX_POINTS:
+            raise ValueError(f"grid: more than {MAX_POINTS:,} points for {len(aspects)} aspects")
+
+    def start(self, context: LambdaContext) -> None:
+        """Once, before the first step and before any state is restored."""
+        self._context = context
+
+    @abstractmethod
+    def draw(self) -> Float[Tensor, " A"]:
+        """lambda of the next step."""
+
+    @abstractmethod
+    def centre(self, aspects: Sequence[str]) -> Float[Tensor, " A"]:
+        """The mean of what is drawn: what evaluations and weightings judge by."""
+
+    def after_step(self) -> None:
+        """After the optimizer step that used what was drawn."""
+
+    def metrics(self) -> dict[str, float]:
+        """What is worth a curve beside lambda."""
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that ``draw`` depends on beside the configuration: goes into checkpoints."""
+        return {"rng": self._context.rng.bit_generator.state}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Inverse of ``state_dict``; called after ``start``."""
+        self._context.rng.bit_generator.state = state["rng"]
+
+    def points(self, aspects: Sequence[str]) -> Float[Tensor, "P A"]:
+        """Where the trained policy is tried: a grid, or the mean if it is not told lambda."""
+        if not self.condition:
+            return self.centre(aspects).unsqueeze(0)
+        grid = list(simplex.grid(self._grid, len(aspects)))
+        return torch.tensor(grid, dtype=torch.float64) / self._grid
+
+
+class FixedLambda(LambdaSampler):
+    """The same lambda at every step: ``weights`` by aspect, 0 if not named; null is equal."""
+
+    def __init__(
+        self, weights: dict[str, float] | None = None, condition: bool = False, grid: int = 4
+    ) -> None:
+        super().__init__(condition, grid)
+        self._weights = None if weights is None else weights_of(weights)
+
+    def check(self, aspects: list[str], num_val: int) -> None:
+        super().check(aspects, num_val)
+        check_names(self._weights or {}, aspects)
+
+    def draw(self) -> Float[Tensor, " A"]:
+        return self.centre(self._context.aspects)
+
+    def centre(self, aspects: Sequence[str]) -> Float[Tensor, " A"]:
+        return in_order(self._weights or dict.fromkeys(aspects, 1.0), aspects)
+
+
+class DirichletLambda(LambdaSampler):
+    """lambda ~ Dirichlet(c): ``concentration`` of every aspect, or of each by name. 1 is uniform on
+    the simplex, below 1 prefers its corners."""
+
+    def __init__(
+        self,
+        concentration: float | dict[str, float] = 1.0,
+        condition: bool = True,
+        grid: int = 4,
+    ) -> None:
+        super().__init__(condition, grid)
+        values = concentration.values() if isinstance(concentration, dict) else [concentration]
+        if not all(value > 0 and math.isfinite(value) for value in values):
+            raise ValueError(f"concentration must be greater than 0, got {concentration}")
+        self._concentration = concentration
+
+    def check(self, aspects: list[str], num_val: int) -> None:
+        super().check(aspects, num_val)
+        if isinstance(self._concentration, dict):
+            check_names(self._concentration, aspects)
+            if lacking := [aspect for aspect in aspects if aspect not in self._concentration]:
+                raise ValueError(f"concentration: give one for {lacking[0]} too")
+
+    def draw(self) -> Float[Tensor, " A"]:
+        drawn = self._context.rng.dirichlet(self._alpha(self._context.aspects).numpy())
+        return torch.from_numpy(drawn)
+
+    def centre(self, aspects: Sequence[str]) -> Float[Tensor, " A"]:
+        alpha = self._alpha(aspects)
+        return alpha / alpha.sum()
+
+    def _alpha(self, aspects: Sequence[str]) -> Float[Tensor, " A"]:
+        given = self._concentration
+        each = given if isinstance(given, dict) else dict.fromkeys(aspects, given)
+        return torch.tensor([each[aspect] for aspect in aspects], dtype=torch.float64)
+
+
+class TableLambda(LambdaSampler):
+    """One of the ``rows`` (aspect to weight), with ``probabilities`` or equally often."""
+
+    def __init__(
+        self,
+        rows: list[dict[str, float]],
+        probabilities: list[float] | None = None,
+        condition: bool = True,
+        grid: int = 4,
+    ) -> None:
+        super().__init__(condition, grid)
+        if not rows:
+            raise ValueError("rows: give at least one, {aspect: weight}")
+        self._rows = [weights_of(row) for row in rows]
+        given = [1.0] * len(rows) if probabilities is None else probabilities
+        if len(given) != len(rows) or any(not p >= 0 for p in given) or not sum(given) > 0:
+            raise ValueError(f"probabilities must be {len(rows)} numbers of 0 or more, got {given}")
+        self._probabilities = np.array(given) / sum(given)
+
+    def check(self, aspects: list[str], num_val: int) -> None:
+        super().check(aspects, num_val)
+        for row in self._rows:
+            check_names(row, aspects)
+
+    def draw(self) -> Float[Tensor, " A"]:
+        row = int(self._context.rng.choice(len(self._rows), p=self._probabilities))
+        return in_order(self._rows[row], self._context.aspects)
+
+    def centre(self, aspects: Sequence[str]) -> Float[Tensor, " A"]:
+        rows = torch.stack([in_order(row, aspects) for row in self._rows])
+        return torch.from_numpy(self._probabilities) @ rows
+
+
+class LearnedLambda(LambdaSampler):
+    """A bandit over a table of lambdas, by Thompson sampling. A row's reward is how far the
+    validation listwise loss, averaged over the aspects, falls across the step that used it.
+
+    Rewards of a row are taken as normal, with one variance for all rows: its mean is drawn from
+    N(mean, variance / pulls), and rows that were never used come first (lambda-DPO, 2506.19780,
+    describes a learned scheduler and does not say which). ``rows``: null takes the corners and the
+    centre.
+    """
+
+    def __init__(
+        self,
+        rows: list[dict[str, float]] | None = None,
+        probe_size: int = 32,
+        condition: bool = True,
+        grid: int = 4,
+    ) -> None:
+        super().__init__(condition, grid)
+        if probe_size < 1:
+            raise ValueError(f"probe_size must be 1 or more, got {probe_size}")
+        self._given = None if rows is None else [weights_of(row) for row in rows]
+        self._probe_size = probe_size
+
+    def check(self, aspects: list[str], num_val: int) -> None:
+        super().check(aspects, num_val)
+        for row in self._given or ():
+            check_names(row, aspects)
+        if self._probe_size > num_val:
+            raise ValueError(
+                f"probe_size is {self._probe_size}, but there are {num_val} validation lists"
+            )
+
+    def start(self, context: LambdaContext) -> None:
+        super().start(context)
+        self._rows = self._table(context.aspects)
+        self._pulls = np.zeros(len(self._rows))
+        self._sums = np.zeros(len(self._rows))
+        self._squares = 0.0
+        self._row = 0
+
+    def draw(self) -> Float[Tensor, " A"]:
+        rng, num_val = self._context.rng, self._context.num_val
+        self._row = int(self._means().argmax())
+        self._probe = rng.choice(num_val, self._probe_size, replace=False)
+        self._before = self._context.probe_loss(self._probe)
+        return self._rows[self._row]
+
+    def _means(self) -> np.ndarray:
+        """A draw of each row's mean reward."""
+        rng, pulls = self._context.rng, self._pulls
+        mean = self._sums / np.maximum(pulls, 1)
+        noise = rng.standard_normal(len(pulls))
+        spare = max(pulls.sum() - len(pulls), 1)
+        variance = max(self._squares - float((self._sums * mean).sum()), 0.0) / spare
+        drawn = mean + np.sqrt(variance / np.maximum(pulls, 1)) * noise
+        return np.where(pulls > 0, drawn, np.inf)
+
+    def after_step(self) -> None:
+        reward = self._before - self._context.probe_loss(self._probe)
+        self._pulls[self._row] += 1
+        self._sums[self._row] += reward
+        self._squares += reward**2
+        self._reward = reward
+
+    def centre(self, aspects: Sequence[str]) -> Float[Tensor, " A"]:
+        return self._table(aspects).mean(0)
+
+    def _table(self, aspects: Sequence[str]) -> Float[Tensor, "J A"]:
+        corners = torch.eye(len(aspects), dtype=torch.float64)
+        if self._given is None:
+            return torch.cat([corners, corners.mean(0, keepdim=True)])
+        return torch.stack([in_order(row, aspects) for row in self._given])
+
+    def metrics(self) -> dict[str, float]:
+        return {"lambda_bandit/row": float(self._row), "lambda_bandit/reward": self._reward}
+
+    def state_dict(self) -> dict[str, Any]:
+        counts = {"pulls": self._pulls.tolist(), "sums": self._sums.tolist()}
+        return super().state_dict() | counts | {"squares": self._squares}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self._pulls, self._sums = np.array(state["pulls"]), np.array(state["sums"])
+        self._squares = float(state["squares"])
+
+
+def weights_of(weights: Mapping[str, float]) -> dict[str, float]:
+    """``weights`` as they are, if they can be normalised.
+
+    Raises:
+        ValueError: one is negative or not finite, or all are 0.
+    """
+    if any(not math.isfinite(w) or w < 0 for w in weights.values()) or not sum(weights.values()):
+        raise ValueError(f"weights must be finite, not negative and not all 0, got {dict(weights)}")
+    return dict(weights)
+
+
+def check_names(weights: Mapping[str, float], aspects: Sequence[str]) -> None:
+    """Refuse, with a ValueError, an aspect that the data set does not rate."""
+    for aspect in weights:
+        if aspect not in aspects:
+            raise ValueError(f"no aspect is called {aspect!r}; choose from {', '.join(aspects)}")
+
+
+def in_order(weights: Mapping[str, float], aspects: Sequence[str]) -> Float[Tensor, " A"]:
+    """On the simplex, in the order of ``aspects``."""
+    given = torch.tensor([weights.get(aspect, 0.0) for aspect in aspects], dtype=torch.float64)
+    return given / given.sum()

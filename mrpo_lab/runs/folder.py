@@ -1,0 +1,134 @@
+"""The folder of one run: what is written there while it trains and when it ends."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from filelock import FileLock, Timeout
+
+from mrpo_lab.errors import UserError
+from mrpo_lab.runs.identity import difference
+from mrpo_lab.runs.provenance import provenance
+from mrpo_lab.storage.files import write_parquet, write_whole
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Run:
+    """The folder of one training run, written by one process at a time."""
+
+    folder: Path
+    name: str
+    config: dict[str, Any]
+
+    @classmethod
+    def open(cls, outputs: Path, name: str, config: dict[str, Any]) -> Run:
+        """The run that ``config`` asks for; nothing is written yet.
+
+        Raises:
+            UserError: it holds another configuration.
+        """
+        folder = outputs / name
+        saved = folder / "config.yaml"
+        if saved.exists():
+            differing = difference(config, yaml.safe_load(saved.read_text()) or {})
+            if differing:
+                raise UserError(
+                    f"{folder} holds a run with another configuration ({'; '.join(differing)}): "
+                    "give this one a name of its own, name=NAME, or delete that folder"
+                )
+        return cls(folder, name, config)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """No other process writes the folder meanwhile.
+
+        Raises:
+            UserError: another process holds it, or it cannot be written.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(self.folder / ".lock")
+            lock.acquire(timeout=0)
+        except Timeout as error:
+            raise UserError(f"{self.folder} is being written by another process") from error
+        except OSError as error:
+            raise UserError(f"outputs: cannot write {self.folder}: {error.strerror}") from error
+        try:
+            yield
+        finally:
+            lock.release()
+            if not (self.folder / "config.yaml").exists():
+                self._remove_empty()
+
+    def _remove_empty(self) -> None:
+        """A run that was refused before it began leaves no folders behind."""
+        (self.folder / ".lock").unlink(missing_ok=True)
+        with suppress(OSError):
+            for folder in [self.folder, *self.folder.parents][: self.name.count("/") + 1]:
+                folder.rmdir()
+
+    @property
+    def result(self) -> dict[str, Any] | None:
+        """``result.json`` of a finished run; None while there is something left to do."""
+        return finished(self.folder)
+
+    def begin(self) -> None:
+        """Write what was asked for, and add where it runs this time."""
+        config = yaml.safe_dump(self.config, sort_keys=False)
+        write_whole(self.folder / "config.yaml", config.encode())
+        path = self.folder / "provenance.json"
+        sessions = json.loads(path.read_text())["sessions"] if path.exists() else []
+        self._write_json(path.name, {"sessions": [*sessions, provenance()]})
+        (self.folder / "result.json").unlink(missing_ok=True)
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """One line of ``metrics.jsonl``; what is not finite becomes null, which JSON can say."""
+        line = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
+        with (self.folder / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps({"step": step, **line}) + "\n")
+
+    def metrics(self) -> list[dict[str, float]]:
+        """All lines so far, whole ones only: a kill may have cut the last."""
+        path = self.folder / "metrics.jsonl"
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+
+    def rewind(self, step: int) -> list[dict[str, float]]:
+        """Forget lines after ``step``, which will be run again; the lines that stay."""
+        kept = [line for line in self.metrics() if line["step"] <= step]
+        text = "".join(json.dumps(line) + "\n" for line in kept)
+        write_whole(self.folder / "metrics.jsonl", text.encode())
+        return kept
+
+    def write_alpha(self, slugs: Sequence[str]) -> None:
+        """``alpha.parquet``: a row a step, a column a reference."""
+        import pyarrow as pa
+
+        lines = [line for line in self.metrics() if f"alpha/{slugs[0]}" in line]
+        columns = {"step": [int(line["step"]) for line in lines]}
+        table = pa.table(columns | {s: [line[f"alpha/{s}"] for line in lines] for s in slugs})
+        write_parquet(self.folder / "alpha.parquet", table)
+
+    def finish(self, result: Mapping[str, Any]) -> None:
+        """Record the outcome; ``status: finished`` is what marks a run as done."""
+        self._write_json("result.json", dict(result))
+
+    def _write_json(self, name: str, content: dict[str, Any]) -> None:
+        write_whole(self.folder / name, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def finished(folder: Path) -> dict[str, Any] | None:
+    """``result.json`` of a run's folder, if it says that the run is finished."""
+    path = folder / "result.json"
+    result: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    return result if result.get("status") == "finished" else None

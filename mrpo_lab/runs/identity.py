@@ -1,0 +1,69 @@
+"""Whether two configurations ask for the same run: what may differ without changing a number."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+NO_CHANGE = (
+    "outputs",
+    "name",
+    "threads",
+    "tracker",
+    "reference_set.gate",
+    "reference_set.token_budget",
+    "train.micro_batch_tokens",
+    "train.token_budget",
+    "train.checkpoint_every",
+)
+"""Configuration that cannot change a number of the run: no part of its identity."""
+
+DEFAULTS = {"kernels": "auto"}
+"""Values of top-level keys in configurations that were saved before the keys existed."""
+
+
+def difference(ours: Mapping[str, Any], theirs: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """``key: theirs -> ours`` for every leaf that can change a number and is not the same.
+
+    Not a difference: where a class of this project lives, since modules may move; and a key that
+    only one of the two has, with the default value of its ``_target_`` or of ``DEFAULTS``, since
+    keys may be added.
+    """
+    found = []
+    for key in sorted({*ours, *theirs}):
+        path = f"{prefix}{key}"
+        a, b = _comparable(ours, key), _comparable(theirs, key)
+        if path in NO_CHANGE or a == b:
+            continue
+        if isinstance(a, dict) and isinstance(b, dict):
+            found += difference(a, b, f"{path}.")
+        elif not (key not in ours and _is_default(ours, path, b)) and not (
+            key not in theirs and _is_default(theirs, path, a)
+        ):
+            found.append(f"{path}: {b!r} there, {a!r} here")
+    return found
+
+
+def _comparable(side: Mapping[str, Any], key: str) -> Any:
+    """The value of ``key``; of a ``_target_`` in this project only its name, not its module."""
+    value = side.get(key)
+    if key == "_target_" and str(value).startswith("mrpo_lab."):
+        return str(value).rpartition(".")[2]
+    return value
+
+
+def _is_default(config: Mapping[str, Any], path: str, value: Any) -> bool:
+    """Whether leaving the key out of ``config`` means ``value``."""
+    if path in DEFAULTS:
+        return bool(DEFAULTS[path] == value)
+    if "_target_" not in config:
+        return False
+    from hydra.utils import get_object  # only for configurations whose keys differ
+
+    try:
+        parameters = inspect.signature(get_object(config["_target_"])).parameters
+    except Exception:  # it cannot be imported any more, so its defaults are unknown
+        return False
+    parameter = parameters.get(path.rpartition(".")[2])
+    return parameter is not None and bool(parameter.default == value)

@@ -1,0 +1,1 @@
+"""The forward pass: log-probabilities of replies under a causal language model."""

@@ -1,0 +1,1 @@
+"""Faster forms of layers that compute the same numbers."""

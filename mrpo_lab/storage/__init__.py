@@ -1,0 +1,1 @@
+"""Bytes on disk: the cache, tables of numbers, the hub; knows nothing of prompts and replies."""

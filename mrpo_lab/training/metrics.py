@@ -1,0 +1,57 @@
+"""What is logged of every batch, from scores alone. Units: nats; rewards are beta times nats."""
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mrpo_lab.objective.losses import PreferenceLoss, effective_sample_size
+from mrpo_lab.objective.scores import Scores
+
+QUANTILES = (5, 25, 50, 75, 95)
+"""Per cent of a batch's pairs whose weight is below the logged one."""
+
+
+@torch.no_grad()
+def batch_metrics(
+    loss: PreferenceLoss,
+    policy: Scores,
+    refs: Scores,
+    alpha: Float[Tensor, "B K"],
+    slugs: Sequence[str],
+) -> dict[str, float]:
+    """Means over the batch before its step; policy (B, R), refs (B, K, R)."""
+    output = loss(policy, refs, alpha)
+    rewards, logps = output.rewards, policy.logps(loss.length_normalized)
+    margins = (refs.contrast * rewards).sum(-1)
+    chosen, rejected = sides(refs)
+    weights = loss.pair_weights(policy, refs, alpha)
+    by_reference = loss.by_reference(policy, refs).mean(0)
+    return {
+        "train/loss": float(output.loss.mean()),
+        "train/accuracy_before": float(policy.labelled(refs.labels).accuracy()),
+        "rewards/chosen": float((chosen * rewards).sum(-1).mean()),
+        "rewards/rejected": float((rejected * rewards).sum(-1).mean()),
+        "rewards/margins": float(margins.mean()),
+        "rewards/accuracies": float((margins > 0).double().mean()),
+        "logps/chosen": float((chosen * logps).sum(-1).mean()),
+        "logps/rejected": float((rejected * logps).sum(-1).mean()),
+        "pair_weight/mean": float(weights.mean()),
+        "pair_weight/cv": float(weights.std(correction=0) / weights.mean()),
+        "pair_weight/ess": effective_sample_size(weights),
+        **{f"pair_weight/p{q:02}": float(weights.quantile(q / 100)) for q in QUANTILES},
+        **{f"loss_by_reference/{s}": float(v) for s, v in zip(slugs, by_reference, strict=True)},
+        **{f"alpha/{s}": float(v) for s, v in zip(slugs, alpha.mean(0), strict=True)},
+    }
+
+
+def sides(labels: Scores) -> tuple[Float[Tensor, "B R"], Float[Tensor, "B R"]]:
+    """Weights of the replies that are preferred and of those that are not, each summing to 1:
+    (1, 0) and (0, 1) of a pair. Where nothing is preferred all replies are on both sides."""
+    contrast, present = labels.contrast, labels.present
+    tied = (contrast == 0).all(-1, keepdim=True)
+    chosen, rejected = (
+        torch.where(tied, present.to(contrast), side.clamp(min=0)) for side in (contrast, -contrast)
+    )
+    return chosen / chosen.sum(-1, keepdim=True), rejected / rejected.sum(-1, keepdim=True)
