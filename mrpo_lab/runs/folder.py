@@ -103,7 +103,7 @@ class Run:
             file.write(json.dumps({"step": step, **line}) + "\n")
 
     def metrics(self) -> list[dict[str, float]]:
-        """Read the lines of ``metrics.jsonl`` so far; a last line that a kill cut off is left out."""
+        """Read the lines of ``metrics.jsonl`` so far, without a last line that a kill cut off."""
         path = self.folder / "metrics.jsonl"
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
         return [json.loads(line) for line in lines if line.endswith("\n")]
