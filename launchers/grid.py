@@ -1,4 +1,4 @@
-"""The runs of a sweep: products of axes, narrowed by the command line."""
+"""The runs of a sweep: grids of configuration values, narrowed by the command line."""
 
 from __future__ import annotations
 
@@ -13,32 +13,32 @@ from mrpo_lab.cli import near
 from mrpo_lab.errors import UserError
 
 Axes = dict[str, list[str]]
-"""Key to the ``key=value`` overrides it takes."""
+"""A key to the overrides ``key=value`` that it takes one after the other."""
 
 
 def expand(
-    rectangles: Mapping[str, Mapping[str, str]], arguments: Sequence[str], loader: ConfigLoader
+    grids: Mapping[str, Mapping[str, str]], arguments: Sequence[str], loader: ConfigLoader
 ) -> list[list[str]]:
-    """The overrides of every run, each once.
+    """List the overrides of every run, each run once.
 
-    A rectangle maps keys to values in Hydra's syntax: ``a,b``, ``range(1,4)``, ``glob(solo_*)``.
-    An argument for a key that a rectangle has keeps the runs it names; any other argument is one
-    more axis of all rectangles.
+    A grid maps keys to values in Hydra's syntax, ``a,b``, ``range(1,4)`` or ``glob(solo_*)``; its
+    runs are all combinations. An argument for a key that some grid has keeps the runs with the
+    values it names; any other argument is one more axis of all grids.
 
     Raises:
-        UserError: an argument names what no rectangle has, or leaves no run.
+        UserError: an argument names a value that no grid has, or leaves no run.
     """
     asked = parse(arguments, loader)
     if len(asked.get("sweep", ())) > 1:
         raise UserError(f"sweep: one at a time, got {', '.join(asked['sweep'])}")
-    named = [parse([f"{k}={v}" for k, v in each.items()], loader) for each in rectangles.values()]
-    taken = {key for axes in named for key in axes}
-    narrowing = {key: values for key, values in asked.items() if key in taken}
+    all_axes = [parse([f"{k}={v}" for k, v in grid.items()], loader) for grid in grids.values()]
+    in_a_grid = {key for axes in all_axes for key in axes}
+    narrowing = {key: values for key, values in asked.items() if key in in_a_grid}
     for key, values in narrowing.items():
-        _refuse_unknown(key, values, named)
-    further = {key: values for key, values in asked.items() if key not in taken}
+        _refuse_unknown(key, values, all_axes)
+    further = {key: values for key, values in asked.items() if key not in in_a_grid}
     runs: dict[frozenset[str], list[str]] = {}
-    for axes in named or [{}]:
+    for axes in all_axes or [{}]:
         kept = {
             key: [v for v in values if v in narrowing.get(key, values)]
             for key, values in axes.items()
@@ -53,7 +53,7 @@ def expand(
 
 
 def parse(overrides: Sequence[str], loader: ConfigLoader) -> Axes:
-    """Each key with the overrides it takes, the last word on a key counting."""
+    """Parse overrides with their lists of values; the last override of a key counts."""
     parsed = OverridesParser.create(config_loader=loader).parse_overrides(list(overrides))
     return {override.get_key_element(): _values(override) for override in parsed}
 
@@ -72,8 +72,8 @@ def _values(override: Override) -> list[str]:
     return values
 
 
-def _refuse_unknown(key: str, values: Sequence[str], rectangles: Sequence[Axes]) -> None:
-    known = list(dict.fromkeys(itertools.chain(*(axes.get(key, ()) for axes in rectangles))))
+def _refuse_unknown(key: str, values: Sequence[str], all_axes: Sequence[Axes]) -> None:
+    known = list(dict.fromkeys(itertools.chain(*(axes.get(key, ()) for axes in all_axes))))
     for value in values:
         if value not in known:
             options = [each.partition("=")[2] for each in known]
