@@ -17,8 +17,8 @@ from launchers.sweep import UNFINISHED, Plan, Standing, Sweep, by_gift, dispatch
 from launchers.tasks import Gather, Score, Train
 from launchers.wording import counted
 from mrpo_lab.errors import UserError
-from mrpo_lab.runs.folder import finished
 from mrpo_lab.runs.identity import difference
+from mrpo_lab.runs.reading import finished
 
 
 def launch(

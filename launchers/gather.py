@@ -7,7 +7,7 @@ from typing import Any
 
 from launchers.cluster import queue
 from launchers.sweep import Sweep, by_gift
-from mrpo_lab.runs.folder import finished
+from mrpo_lab.runs.reading import finished
 from mrpo_lab.storage.files import write_whole
 
 NUMBERS = ("base/val_accuracy", "val/accuracy", "base/test_accuracy", "test/accuracy")

@@ -29,7 +29,7 @@ from filelock import FileLock
 
 from launchers.tasks import Task, read_tasks
 from mrpo_lab.errors import UserError
-from mrpo_lab.runs.folder import finished
+from mrpo_lab.runs.reading import finished
 from mrpo_lab.storage.files import write_whole
 
 STATES = ("finished", "running", "queued", "failed", "dead", "new")

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from mrpo_lab.errors import UserError
-from mrpo_lab.report.choices import Choice, flat
-from mrpo_lab.report.reading import Record, find_runs, read_run
-from mrpo_lab.report.study import Study, study_of
+from mrpo_lab.report.reading import RunRecord, read_run
+from mrpo_lab.report.study import Study, build_study
+from mrpo_lab.runs.reading import find_runs
+from mrpo_lab.runs.run_choice import RunChoice, flat
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -101,8 +102,8 @@ def collect(asked: argparse.Namespace) -> Study:
     Raises:
         UserError: there are none.
     """
-    records: list[Record] = []
-    given: dict[str, Choice] = {}
+    records: list[RunRecord] = []
+    given: dict[str, RunChoice] = {}
     folders = asked.folders
     if not (folders or asked.published or asked.from_wandb):
         folders = [Path("outputs")]
@@ -124,7 +125,7 @@ def collect(asked: argparse.Namespace) -> Study:
         raise UserError(
             f"{places}: no runs{where}; a run is a folder with config.yaml, as train.py writes"
         )
-    return study_of(records, given)
+    return build_study(records, given)
 
 
 def has(config: dict[str, Any], condition: str) -> bool:
@@ -141,14 +142,24 @@ def has(config: dict[str, Any], condition: str) -> bool:
         return found == wanted
 
 
-def compare(asked: argparse.Namespace) -> int:
-    from mrpo_lab.report.compare import compare_table
+def compare(arguments: argparse.Namespace) -> int:
+    """Print a few runs side by side.
 
-    folders = [folder for path in asked.runs for folder in find_runs([path])]
+    Raises:
+        UserError: there are no runs in these folders.
+    """
+    from mrpo_lab.console import print_table
+    from mrpo_lab.report.side_by_side import side_by_side
+
+    folders = [folder for path in arguments.runs for folder in find_runs([path])]
     records = [read_run(folder) for folder in dict.fromkeys(folders)]
     if not records:
-        raise UserError(f"{', '.join(map(str, asked.runs))}: no runs")
-    print(compare_table(study_of(records), records))
+        raise UserError(f"{', '.join(map(str, arguments.runs))}: no runs")
+    lines, table = side_by_side(build_study(records), records)
+    print("\n".join(lines))
+    if table is not None:
+        print()
+        print_table(table)
     return 0
 
 

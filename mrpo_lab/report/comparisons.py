@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from mrpo_lab.report.reading import Record
+from mrpo_lab.report.methods import Method
+from mrpo_lab.report.reading import RunRecord
 from mrpo_lab.report.statistics import (
     clustered_bootstrap,
     holm,
@@ -47,20 +48,23 @@ def comparisons(study: Study, resamples: int = 2000) -> pd.DataFrame:
     trained models given. p_seeds: over seeds. detectable: with 80 % power at 0.05 over the number
     of comparisons, from the bootstrap's standard error. wins: seeds in which it is ahead.
     """
-    tables = [_of_dataset(study, dataset, resamples) for dataset in study.datasets]
+    tables = [_compare_dataset(study, dataset, resamples) for dataset in study.datasets]
     tables = [table for table in tables if len(table)]
     if not tables:
         return pd.DataFrame(columns=COMPARED)
     return pd.concat(tables, ignore_index=True)[COMPARED]
 
 
-def _of_dataset(study: Study, dataset: str, resamples: int) -> pd.DataFrame:
+def _compare_dataset(study: Study, dataset: str, resamples: int) -> pd.DataFrame:
+    """The rows of ``comparisons`` for one data set."""
     runs = study.compared[study.compared["dataset"] == dataset]
-    by_method = {str(m): g.set_index("seed") for m, g in runs.groupby("method", sort=False)}
+    by_method: dict[Method, pd.DataFrame] = {
+        method: group.set_index("seed") for method, group in runs.groupby("key", sort=False)
+    }
     rows = []
     errors: dict[int, float] = {}
     batches: dict[tuple[int, ...], list[tuple[int, pd.DataFrame]]] = defaultdict(list)
-    for method, against, baseline in _asked(study, dataset, by_method):
+    for method, against, baseline in _possible(study, dataset, by_method):
         ours, theirs = by_method[method], by_method[baseline]
         seeds = sorted(set(ours.index) & set(theirs.index))
         if not seeds:
@@ -71,9 +75,9 @@ def _of_dataset(study: Study, dataset: str, resamples: int) -> pd.DataFrame:
         rows.append(
             {
                 "dataset": dataset,
-                "method": method,
+                "method": method.label,
                 "against": against,
-                "baseline": baseline,
+                "baseline": baseline.label,
                 "seeds": len(seeds),
                 "difference": over_seeds.mean,
                 "p_seeds": over_seeds.p,
@@ -94,25 +98,25 @@ def _of_dataset(study: Study, dataset: str, resamples: int) -> pd.DataFrame:
     return table
 
 
-def _asked(
-    study: Study, dataset: str, by_method: Mapping[str, pd.DataFrame]
-) -> list[tuple[str, str, str]]:
-    """(method, kind of baseline, baseline) of every comparison that can be made."""
-    best = study.best_single(dataset)
-    asked = []
-    for method, runs in by_method.items():
-        if runs["kind"].iloc[0] == "single":
+def _possible(
+    study: Study, dataset: str, methods: Iterable[Method]
+) -> list[tuple[Method, str, Method]]:
+    """Every comparison that can be made: method, kind of baseline, baseline."""
+    best, known = study.best_single(dataset), set(methods)
+    found = []
+    for method in methods:
+        if method.is_single:
             continue
-        uniform = f"{runs['loss'].iloc[0]} · uniform"
         if best is not None:
-            asked.append((method, "best single reference", best))
-        if uniform in by_method and uniform != method:
-            asked.append((method, "uniform weights", uniform))
-    return asked
+            found.append((method, "best single reference", best))
+        uniform = method.uniform_baseline
+        if uniform in known and uniform != method:
+            found.append((method, "uniform weights", uniform))
+    return found
 
 
 def _pair_differences(
-    records: Mapping[str, Record], ours: pd.DataFrame, theirs: pd.DataFrame
+    records: Mapping[str, RunRecord], ours: pd.DataFrame, theirs: pd.DataFrame
 ) -> pd.DataFrame | None:
     """Correct under ours minus correct under theirs: a row a pair, a column a seed, NaN where the
     seed does not test the pair. None where a run kept no pairs."""
@@ -151,7 +155,7 @@ def _by_pairs(
     return errors
 
 
-def alphas(record: Record) -> dict[str, float]:
+def alphas(record: RunRecord) -> dict[str, float]:
     """Weight of each reference: the bandit's posterior mean at the end, else alpha's mean over
     steps."""
     posterior = record.series("bandit/mean")
@@ -161,7 +165,7 @@ def alphas(record: Record) -> dict[str, float]:
     return {slug: float(r["mean_alpha"]) for slug, r in references.items() if "mean_alpha" in r}
 
 
-def own_accuracies(record: Record) -> dict[str, float]:
+def own_accuracies(record: RunRecord) -> dict[str, float]:
     """Test accuracy of each reference itself, on this run's test pairs."""
     references = record.result.get("references", {})
     return {s: float(r["test_accuracy"]) for s, r in references.items() if "test_accuracy" in r}

@@ -21,7 +21,7 @@ from markupsafe import Markup
 
 from mrpo_lab.report.figures.base import Figure, config
 from mrpo_lab.report.study import Study
-from mrpo_lab.report.tables import Table
+from mrpo_lab.report.tables import ReportTable
 
 VEGA_LITE = "6.4"
 """The version that the figures are written for."""
@@ -71,7 +71,7 @@ def vega() -> str:
 def render(
     study: Study,
     figures: Sequence[Figure],
-    tables: Sequence[Table],
+    tables: Sequence[ReportTable],
     findings: Mapping[str, Sequence[str]],
     progress: Sequence[Mapping[str, object]],
     runs: Mapping[str, Any],

@@ -15,13 +15,14 @@ import pandas as pd
 
 from mrpo_lab.errors import UserError
 from mrpo_lab.progress import progress
-from mrpo_lab.report.reading import Record, record
+from mrpo_lab.report.reading import RunRecord, make_record
+from mrpo_lab.runs.reading import metrics_frame
 from mrpo_lab.runs.tracking import FILES, wandb_mode
 
 STATES = {"crashed": "stopped", "killed": "interrupted", "preempted": "interrupted"}
 
 
-def read_project(path: str) -> list[Record]:
+def read_project(path: str) -> list[RunRecord]:
     """Every run of ``entity/project`` that this project's tracker wrote.
 
     Raises:
@@ -46,7 +47,7 @@ def read_project(path: str) -> list[Record]:
     return records
 
 
-def record_of(run: Any) -> Record:
+def record_of(run: Any) -> RunRecord:
     """The record of one ``wandb.apis.public.Run``: its history, config, summary and files."""
     files = {file.name: _content(file) for file in run.files(names=list(FILES))}
     provenance = json.loads(files.get("provenance.json", "{}"))
@@ -54,13 +55,13 @@ def record_of(run: Any) -> Record:
     result = {key: value for key, value in plain(run.summary).items() if key[0] != "_"}
     if run.state in STATES and "status" not in result:
         result |= {"status": STATES[run.state], "error": f"W&B says {run.state}"}
-    return record(
+    return make_record(
         run.name,
         run.url,
         {key: value for key, value in plain(run.config).items() if key[0] != "_"},
         result,
         provenance.get("sessions", []),
-        [{k: v for k, v in row.items() if k[0] != "_"} for row in run.scan_history()],
+        metrics_frame({k: v for k, v in row.items() if k[0] != "_"} for row in run.scan_history()),
         pd.read_parquet(io.BytesIO(pairs)) if pairs else None,
         pd.read_parquet(io.BytesIO(trade_off)) if trade_off else None,
         silent_for=_silence(run),

@@ -12,7 +12,7 @@ from mrpo_lab.report import findings, page, provenance
 from mrpo_lab.report.comparisons import comparisons
 from mrpo_lab.report.figures import Figure, all_figures
 from mrpo_lab.report.study import Study
-from mrpo_lab.report.tables import Table, all_tables
+from mrpo_lab.report.tables import ReportTable, all_tables
 from mrpo_lab.storage.files import write_whole
 
 SCALE = 2.0
@@ -50,7 +50,7 @@ def write_report(study: Study, out: Path, refresh: int | None = None) -> Path:
     return out / "index.html"
 
 
-def _write_tables(tables: list[Table], folder: Path) -> None:
+def _write_tables(tables: list[ReportTable], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for table in tables:
         write_whole(folder / f"{table.key}.csv", table.csv().encode())

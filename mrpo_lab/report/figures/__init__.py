@@ -4,7 +4,7 @@ import pandas as pd
 
 from mrpo_lab.report.figures import accuracy, alpha, mechanism, trade_off
 from mrpo_lab.report.figures.base import Figure
-from mrpo_lab.report.mechanism import SWEEPS
+from mrpo_lab.report.measures import SWEEPS
 from mrpo_lab.report.study import Study
 from mrpo_lab.report.trade_off import METRICS
 

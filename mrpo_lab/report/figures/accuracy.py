@@ -108,8 +108,8 @@ def _levels(study: Study, dataset: str) -> pd.DataFrame:
     best = study.best_single(dataset)
     rows = [{"test": runs["base"].mean(), "level": "base model"}]
     if best is not None:
-        mean = runs.loc[runs["method"] == best, "test"].mean()
-        rows.append({"test": mean, "level": f"best single reference ({best.partition(': ')[2]})"})
+        mean = runs.loc[[key == best for key in runs["key"]], "test"].mean()
+        rows.append({"test": mean, "level": f"best single reference ({best.reference})"})
     return _rounded(pd.DataFrame(rows).dropna())
 
 

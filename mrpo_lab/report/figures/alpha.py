@@ -22,7 +22,7 @@ from mrpo_lab.report.figures.base import (
     losses,
     points,
 )
-from mrpo_lab.report.mechanism import rises
+from mrpo_lab.report.measures import rises
 from mrpo_lab.report.study import Study
 
 BINS = 100

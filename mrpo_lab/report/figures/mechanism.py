@@ -19,7 +19,7 @@ from mrpo_lab.report.figures.base import (
     losses,
     points,
 )
-from mrpo_lab.report.mechanism import (
+from mrpo_lab.report.measures import (
     QUANTILES,
     SWEEPS,
     reference_agreement,

@@ -1,4 +1,4 @@
-"""What a run chose: read off its configuration, so that it holds for runs from anywhere."""
+"""What a run chose, read from its saved configuration, wherever that was kept."""
 
 from __future__ import annotations
 
@@ -7,19 +7,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from mrpo_lab.report.reading import Record
 from mrpo_lab.runs.identity import NO_CHANGE
+from mrpo_lab.runs.naming import parse_run_name
 
-LOSSES = ("dpo", "mdpo", "mrpo", "geometric")
-WEIGHTINGS = (
-    *("single", "uniform", "fixed", "arwc", "vdw", "vaw"),
-    *("swcw", "swcw_oh", "tsw", "vsw", "rmc", "grid"),
-)
-"""In the order of figures and tables; others follow by name."""
-PLAIN = {"logistic", "no_clip"}
-"""A link and a clip that go without saying."""
+DEFAULT_PARTS = {"logistic", "no_clip"}
+"""The link and the clip that are left out of a loss's name."""
 OPTIONS = {"swcwonehot": "swcw_oh"}
-"""Classes that their option is not called after."""
+"""Options whose name is not that of their class in lower case."""
 NO_SETTING = (
     *NO_CHANGE,
     "seed",
@@ -41,30 +35,40 @@ NO_SETTING = (
 
 
 @dataclass(frozen=True)
-class Choice:
-    """What is compared (dataset, method, seed) and what must be alike for that (setting)."""
+class RunChoice:
+    """The method, data set and seed of a run, and the setting in which runs can be compared."""
 
     dataset: str
     loss: str
+    """Combination, with link and clip where they are not the usual ones: ``mdpo-hinge``."""
     weighting: str
     seed: int
     references: tuple[str, ...]
-    """Slugs in use."""
+    """Slugs of the references in use."""
     reference: str = ""
-    """The only one with any weight: single-reference DPO, under whichever loss."""
-    weights: str = ""
-    """How lambda is chosen, in words; none for pairs and for equal weights that are not told."""
+    """The only reference with any weight, if there is one: under any loss this is DPO with it."""
+    lambda_sampler: str = ""
+    """How lambda is chosen, in words; empty for pairs, and for equal weights of the aspects that
+    are not put into the prompt."""
     model: str = ""
     parameters: dict[str, str] = field(default_factory=dict)
-    """Of the weighting, the link and the clip."""
+    """Parameters of the weighting, the link and the clip, by name."""
     setting: dict[str, str] = field(default_factory=dict)
+    """All other configuration, by dotted key."""
 
 
-def choice_of(record: Record) -> Choice:
-    """Raises KeyError or TypeError where the configuration is not one of this project."""
-    config = record.config
+def run_choice(config: Mapping[str, Any], name: str = "") -> RunChoice:
+    """Read a run's choices from its configuration.
+
+    Args:
+        config: the resolved configuration, as saved in ``config.yaml``.
+        name: the run's name, which holds the option of the data set that was chosen.
+
+    Raises:
+        KeyError, TypeError: the configuration is not one of this project.
+    """
     loss, weighting = config["loss"], option(config["weighting"])
-    names = [option(loss[part]) for part in ("combine", "link", "clip")]
+    parts = [option(loss[part]) for part in ("combine", "link", "clip")]
     references = slugs(config["reference_set"])
     reference = references[0] if len(references) == 1 else ""
     if weighting == "single":
@@ -78,49 +82,48 @@ def choice_of(record: Record) -> Choice:
         if key.startswith(("weighting.", "loss.link.", "loss.clip."))
         and not key.endswith(("_target_", "_partial_", ".slug"))
     }
-    parts = record.name.split("/")
-    return Choice(
-        dataset=parts[-4] if len(parts) >= 5 else _dataset(config["dataset"]),
-        loss="-".join(name for name in names if name not in PLAIN),
+    path = parse_run_name(name)
+    return RunChoice(
+        dataset=path.dataset if path else _dataset(config["dataset"]),
+        loss="-".join(part for part in parts if part not in DEFAULT_PARTS),
         weighting=weighting,
         seed=int(config["seed"]["root"]),
         references=references,
         reference=str(reference),
-        weights=weights_of(config.get("lambda", {})),
+        lambda_sampler=describe_lambda(config.get("lambda", {})),
         model=str(config["model"].get("path", "")),
         parameters={} if reference else parameters,
-        setting={k: v for k, v in leaves.items() if not _outside(k)},
+        setting={key: value for key, value in leaves.items() if not _outside(key)},
     )
 
 
 def option(node: Mapping[str, Any]) -> str:
-    """The option that a node was made by: ``weighting.VAW`` is vaw."""
+    """Name of the option that made a node: ``vaw`` for ``_target_: mrpo_lab.VAW``."""
     name = str(node["_target_"]).rpartition(".")[2].lower()
     return OPTIONS.get(name, name)
 
 
-def weights_of(sampler: Mapping[str, Any]) -> str:
-    """A sampler of lambda in words: ``dirichlet concentration=0.5, told``."""
+def describe_lambda(sampler: Mapping[str, Any]) -> str:
+    """A sampler of lambda in words: ``dirichlet concentration=0.5, conditioned``."""
     chosen = [
         f"{key.rpartition('.')[2]}={value}"
         for key, value in flat(sampler)
         if key not in ("_target_", "condition", "grid", "probe_size") and value != "null"
     ]
-    told = ["told"] if sampler.get("condition") else []
+    if sampler.get("condition"):
+        chosen.append("conditioned")
     name = option(sampler).removesuffix("lambda") if sampler else ""
-    return (
-        "" if name == "fixed" and not chosen + told else " ".join([name, ", ".join(chosen + told)])
-    )
+    return "" if name == "fixed" and not chosen else " ".join([name, ", ".join(chosen)])
 
 
 def slugs(reference_set: Mapping[str, Any]) -> tuple[str, ...]:
-    """References in use; those of all entries where ``use`` is null."""
+    """Slugs of the references in use; of all entries where ``use`` is null."""
     use = reference_set.get("use")
     return tuple(map(str, use or [entry["slug"] for entry in reference_set["entries"]]))
 
 
 def flat(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """(dotted key, value as text) of every leaf; a list is one leaf."""
+    """Dotted key and value as text of every leaf; a list is one leaf."""
     for key, value in node.items():
         if isinstance(value, Mapping):
             yield from flat(value, f"{prefix}{key}.")
@@ -135,14 +138,3 @@ def _outside(key: str) -> bool:
 def _dataset(node: Mapping[str, Any]) -> str:
     path = str(node.get("path", "")).rstrip("/").rpartition("/")[2]
     return path or option(node).removesuffix("dataset")
-
-
-def order(loss: str, weighting: str) -> tuple[int, str, int, str]:
-    """Sorts methods as the paper does."""
-    combination = loss.partition("-")[0]
-    return (
-        LOSSES.index(combination) if combination in LOSSES else len(LOSSES),
-        loss,
-        WEIGHTINGS.index(weighting) if weighting in WEIGHTINGS else len(WEIGHTINGS),
-        weighting,
-    )

@@ -19,7 +19,7 @@ from mrpo_lab.errors import UserError
 from mrpo_lab.experiment import Experiment
 from mrpo_lab.models.policy import Policy
 from mrpo_lab.progress import progress
-from mrpo_lab.runs.folder import finished
+from mrpo_lab.runs.reading import finished
 from mrpo_lab.training.evaluation import Evaluation
 from mrpo_lab.training.workers import Workers
 

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from mrpo_lab.report.comparisons import own_accuracies
-from mrpo_lab.report.reading import Record
+from mrpo_lab.report.reading import RunRecord
 from mrpo_lab.report.statistics import standard_error
 from mrpo_lab.report.study import REFERENCES, Study
 
@@ -24,7 +24,7 @@ SWEEPS = {"loss.beta": "β", REFERENCES: "number of references K", "dataset.trai
 def pair_weights(study: Study) -> pd.DataFrame:
     """Of each method: the weight that references left to pairs, averaged over steps and seeds."""
 
-    def summary(record: Record) -> dict[str, float]:
+    def summary(record: RunRecord) -> dict[str, float]:
         steps = record.metrics
         batch = float(record.config.get("train", {}).get("batch_size", np.nan))
         found = {"mean": _mean(steps, "pair_weight/mean"), "cv": _mean(steps, "pair_weight/cv")}
@@ -38,7 +38,7 @@ def pair_weights(study: Study) -> pd.DataFrame:
 
 
 def _by_method(
-    study: Study, summary: Callable[[Record], dict[str, float]], columns: list[str]
+    study: Study, summary: Callable[[RunRecord], dict[str, float]], columns: list[str]
 ) -> pd.DataFrame:
     rows = []
     for (dataset, method), runs in study.compared.groupby(["dataset", "method"], sort=False):
@@ -51,7 +51,7 @@ def _mean(steps: pd.DataFrame, column: str) -> float:
     return float(steps[column].mean()) if column in steps else np.nan
 
 
-def weight_agreement(record: Record) -> float:
+def weight_agreement(record: RunRecord) -> float:
     """Mean Spearman correlation, over pairs of references, of the weights that each alone would
     give the test pairs under the trained policy."""
     if record.pairs is None:
@@ -130,11 +130,11 @@ def _length_bias(pairs: pd.DataFrame, slug: str) -> dict[str, float]:
     }
 
 
-def _runs_by_reference(study: Study, dataset: str) -> dict[str, dict[int, Record]]:
+def _runs_by_reference(study: Study, dataset: str) -> dict[str, dict[int, RunRecord]]:
     """Of each reference, one run a seed that says how it does on the test pairs; the run with most
     references, so that the same pairs serve all of them."""
     runs = study.compared[study.compared["dataset"] == dataset].sort_values("k", kind="stable")
-    found: dict[str, dict[int, Record]] = {}
+    found: dict[str, dict[int, RunRecord]] = {}
     for row in runs.itertuples():
         record = study.records[str(row.source)]
         for slug in own_accuracies(record):
@@ -194,7 +194,7 @@ def instability(study: Study) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["dataset", "method", "seed", "status", "events", "source"])
 
 
-def _events(record: Record, run: Any) -> list[str]:
+def _events(record: RunRecord, run: Any) -> list[str]:
     events = []
     if run.status in ("failed", "unreadable"):
         events.append(f"failed: {run.problem}")
@@ -221,7 +221,7 @@ def _events(record: Record, run: Any) -> list[str]:
     return events
 
 
-def rises(record: Record, before: str, after: str) -> dict[str, float] | None:
+def rises(record: RunRecord, before: str, after: str) -> dict[str, float] | None:
     """Shares of steps across which a column fell, stood and rose."""
     if before not in record.metrics or after not in record.metrics:
         return None
@@ -235,7 +235,7 @@ def rises(record: Record, before: str, after: str) -> dict[str, float] | None:
     }
 
 
-def hours(record: Record) -> tuple[float, int]:
+def hours(record: RunRecord) -> tuple[float, int]:
     """(hours so far, GPUs): set-up and training of what is finished, training of what is not."""
     result = record.result
     seconds = result.get("wall_seconds", 0.0) + result.get("setup_seconds", 0.0)
