@@ -68,10 +68,10 @@ class Method:
     @property
     def label(self) -> str:
         """The method as tables and figures show it."""
-        label = (
-            f"dpo: {self.reference}" if self.is_single else f"{self.loss} · {self.weighting_label}"
-        )
-        return label + (f" · λ {self.lambda_sampler}" if self.lambda_sampler else "")
+        parts = [f"dpo: {self.reference}"] if self.is_single else [self.loss, self.weighting_label]
+        if self.lambda_sampler:
+            parts.append(f"λ {self.lambda_sampler}")
+        return " · ".join(parts)
 
 
 def paper_order(loss: str, weighting: str) -> tuple[int, str, int, str]:

@@ -52,7 +52,7 @@ class Study:
         return self.runs[self.runs["role"] == "compared"]
 
     def cells(self) -> pd.DataFrame:
-        """One row per data set and method: number of seeds, mean and standard error of accuracies."""
+        """One row per data set and method: seeds, mean accuracies and standard error of the test."""
         rows = []
         for (dataset, method), cell in self.compared.groupby(["dataset", "method"], sort=False):
             rows.append(
@@ -82,12 +82,10 @@ class Study:
         ]
         if singles.empty:
             return None
-        groups = {key: runs for key, runs in singles.groupby("key", sort=False)}
-        most = max(map(len, groups.values()))
-        full = {key: runs for key, runs in groups.items() if len(runs) == most}
-        val = pd.Series([runs["val"].mean() for runs in full.values()])
-        test = pd.Series([runs["test"].mean() for runs in full.values()])
-        best: Method = list(full)[int(val.fillna(test).idxmax())]
+        groups = singles.groupby("key", sort=False)
+        full = groups.filter(lambda runs: len(runs) == groups.size().max())
+        means = full.groupby("key", sort=False)[["val", "test"]].mean()
+        best: Method = means["val"].fillna(means["test"]).idxmax()
         return best
 
 
