@@ -103,7 +103,7 @@ class Run:
             file.write(json.dumps({"step": step, **line}) + "\n")
 
     def metrics(self) -> list[dict[str, float]]:
-        """Lines of ``metrics.jsonl`` so far; a last line that a kill cut off is left out."""
+        """Read the lines of ``metrics.jsonl`` so far, without a last line that a kill cut off."""
         return read_lines(self.folder / "metrics.jsonl")
 
     def rewind(self, step: int) -> list[dict[str, float]]:

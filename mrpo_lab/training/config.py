@@ -12,8 +12,8 @@ class TrainConfig:
     batch_size: int
     """Pairs per optimizer step, over all processes."""
     micro_batch_tokens: int
-    """Tokens in one forward and backward pass, with a shared prompt counted once. A longer pair makes
-    a pass of its own. Changes memory, speed and rounding, nothing else."""
+    """Tokens in one forward and backward pass, with a shared prompt counted once; a longer pair
+    makes a pass of its own. Changes memory, speed and rounding, nothing else."""
     epochs: int = 1
     evaluations: int = 10
     """Number of evaluations on val and test, evenly spread, the last at the end."""

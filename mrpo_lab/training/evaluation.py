@@ -32,9 +32,10 @@ class Evaluation:
         token_budget: int,
         mean_lambda: Float[Tensor, " A"],
     ) -> None:
-        """Args:
-        token_budget: tokens in one forward pass; changes memory and speed, never a result.
-        mean_lambda: the lambda by which replies are judged where no other one is given.
+        """
+        Args:
+            token_budget: tokens in one forward pass; changes memory and speed, never a result.
+            mean_lambda: the lambda by which replies are judged where no other one is given.
         """
         self.policy, self.data, self.loss, self.workers = policy, data, loss, workers
         self.mean_lambda, self._token_budget = mean_lambda, token_budget
@@ -113,9 +114,9 @@ class Evaluation:
         return self.loss(policy, refs, alpha.expand(len(indices), -1), target).rewards
 
     def rankings(self, alpha: Float[Tensor, " K"]) -> dict[str, float]:
-        """How the implicit rewards rank the replies of lists, by the mean target and by each aspect.
+        """How implicit rewards rank the replies of lists, by the mean target and by each aspect.
 
-        Metrics are those of ``objective.ranking``, and ``cross_entropy``, the listwise loss in nats.
+        Metrics are those of ``objective.ranking`` and ``cross_entropy``, the listwise loss in nats.
         """
         found = {}
         for name, indices in {"val": self.data.val, "test": self.data.test}.items():

@@ -76,7 +76,7 @@ class Trainer:
         self.evaluation = Evaluation(policy, data, loss, workers, config.token_budget, mean_lambda)
 
     def start(self) -> None:
-        """Fit the weighting, restore the state from a checkpoint if there is one, open the files."""
+        """Fit the weighting, restore the state from a checkpoint if there is one, open files."""
         mean_lambda, val = self.evaluation.mean_lambda, self.data.val.tolist()
         self.weighting.start(
             Context(
@@ -147,7 +147,7 @@ class Trainer:
         return self.data.train[order[index * size : (index + 1) * size]]
 
     def train_step(self, indices: np.ndarray) -> dict[str, float]:
-        """Take one optimizer step on the global batch of pool ``indices`` and return its metrics."""
+        """Take one optimizer step on the global batch ``indices`` and return its metrics."""
         began = time.monotonic()
         torch.manual_seed(self.seeds.value("dropout", self.state.step, self.workers.rank))
         lambda_ = self.sampler.draw()
