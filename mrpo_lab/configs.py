@@ -16,7 +16,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 import mrpo_lab
 from mrpo_lab.errors import UserError, first_line
 
-ALLOWED = ("mrpo_lab.", "launchers.", "torch.optim.", "bitsandbytes.optim.")
+ALLOWED = ("mrpo_lab.", "torch.optim.", "bitsandbytes.optim.")
 """Packages that a ``_target_`` may name: a configuration must not be able to run anything else."""
 RESERVED = {"_target_", "_partial_", "_convert_", "_recursive_", "_args_"}
 
