@@ -148,7 +148,7 @@ def compare(arguments: argparse.Namespace) -> int:
     Raises:
         UserError: there are no runs in these folders.
     """
-    from mrpo_lab.console import print_table
+    from mrpo_lab.console import show
     from mrpo_lab.report.side_by_side import side_by_side
 
     folders = [folder for path in arguments.runs for folder in find_runs([path])]
@@ -159,7 +159,7 @@ def compare(arguments: argparse.Namespace) -> int:
     print("\n".join(lines))
     if table is not None:
         print()
-        print_table(table)
+        show(table)
     return 0
 
 

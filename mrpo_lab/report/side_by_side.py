@@ -8,6 +8,7 @@ from typing import Any
 import pandas as pd
 from rich.table import Table
 
+from mrpo_lab.console import text_table
 from mrpo_lab.report.comparisons import alphas
 from mrpo_lab.report.measures import hours
 from mrpo_lab.report.reading import RunRecord
@@ -29,7 +30,7 @@ def side_by_side(study: Study, records: Sequence[RunRecord]) -> tuple[list[str],
     if not readable:
         return lines, None
     columns = [_column(record, study.runs.loc[record.source]) for record in readable]
-    table = Table("", *(f"[{number}]" for number in range(1, len(columns) + 1)))
+    table = text_table("", *(f"[{number}]" for number in range(1, len(columns) + 1)))
     for name in dict.fromkeys(name for column in columns for name in column):
         table.add_row(name, *(column.get(name, "") for column in columns))
     return lines, table
