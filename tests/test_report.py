@@ -82,7 +82,7 @@ class TestReading:
         assert by_seed[1].problem == "step 3: the loss is not finite"
         assert by_seed[2].steps == 7
         later = read_run(running, now=time.time() + 7200)
-        assert (later.status, later.problem) == ("stopped", "at step 7, last line 2 hours ago")
+        assert (later.status, later.problem) == ("stopped", "at step 7, last line 2 h 0 min ago")
         table = study(tmp_path)
         assert [len(table.compared), len(table.unreadable)] == [1, 1]
         assert list(table.missing["why"].str.partition(":")[0]) == ["failed", "running"]

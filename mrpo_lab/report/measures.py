@@ -1,4 +1,4 @@
-"""How references acted, what they are like, what went wrong, and what it cost."""
+"""Measures of runs: pair weights, the references themselves, instabilities, and cost."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from mrpo_lab.report.statistics import standard_error
 from mrpo_lab.report.study import REFERENCES, Study
 
 SPIKE = 10.0
-"""How many times the median gradient norm of its run makes a step an event."""
+"""A step is reported if its gradient norm is this many times the median of its run."""
 QUANTILES = (5, 25, 50, 75, 95)
 SWEEPS = {"loss.beta": "β", REFERENCES: "number of references K", "dataset.train": "training pairs"}
-"""Settings that a figure is drawn against."""
+"""Settings that accuracy is drawn against, with the axis titles."""
 
 
 def pair_weights(study: Study) -> pd.DataFrame:
-    """Of each method: the weight that references left to pairs, averaged over steps and seeds."""
+    """Distribution of the pair weights of each method, averaged over steps and seeds."""
 
     def summary(record: RunRecord) -> dict[str, float]:
         steps = record.metrics
@@ -52,8 +52,8 @@ def _mean(steps: pd.DataFrame, column: str) -> float:
 
 
 def weight_agreement(record: RunRecord) -> float:
-    """Mean Spearman correlation, over pairs of references, of the weights that each alone would
-    give the test pairs under the trained policy."""
+    """Mean Spearman correlation, over pairs of references, of the weights that each of them alone
+    would give the test pairs under the trained policy."""
     if record.pairs is None:
         return np.nan
     weights = record.pairs.filter(regex="^weight/")
@@ -64,8 +64,8 @@ def weight_agreement(record: RunRecord) -> float:
 
 
 def swept(study: Study, key: str) -> pd.DataFrame:
-    """Finished runs that differ from the main setting in ``key`` alone, and those of the main
-    setting that go with them; ``x`` is the value."""
+    """Finished runs that differ from the main setting in ``key`` alone, with the runs of the same
+    methods in the main setting. Column ``x`` is the value of the key."""
     runs = study.runs[study.runs["role"].isin(["compared", "other setting"])]
     alone = runs[[set(differs) <= {key} for differs in runs["differs"]]]
     moved = {(r.dataset, r.method) for r in alone.itertuples() if r.differs}
@@ -80,7 +80,7 @@ def swept(study: Study, key: str) -> pd.DataFrame:
 
 
 def references(study: Study) -> pd.DataFrame:
-    """Each reference on each dataset's test pairs, means over seeds."""
+    """Accuracy, margins and length bias of each reference on the test pairs, means over seeds."""
     rows = []
     for dataset in study.datasets:
         for slug, runs in _runs_by_reference(study, dataset).items():
@@ -116,8 +116,12 @@ LENGTH_BIAS = ["prefers_longer", "chosen_longer", "length_correlation"]
 
 
 def _length_bias(pairs: pd.DataFrame, slug: str) -> dict[str, float]:
-    """Under a reference's own tokens: how often it prefers the longer of two replies, how often
-    the label does, and the Spearman correlation of margin and difference in length."""
+    """Length bias of a reference, with lengths in its own tokens.
+
+    Returns:
+        How often the reference prefers the longer of two replies, how often the label does, and the
+        Spearman correlation of margin and difference in length.
+    """
     if f"margin/{slug}" not in pairs:
         return {}
     margin, tokens = pairs[f"margin/{slug}"], pairs[f"tokens/{slug}"]
@@ -131,8 +135,10 @@ def _length_bias(pairs: pd.DataFrame, slug: str) -> dict[str, float]:
 
 
 def _runs_by_reference(study: Study, dataset: str) -> dict[str, dict[int, RunRecord]]:
-    """Of each reference, one run a seed that says how it does on the test pairs; the run with most
-    references, so that the same pairs serve all of them."""
+    """For each reference and seed a run that holds the reference's scores of the test pairs.
+
+    It is the run with most references, so that all of them are described on the same pairs.
+    """
     runs = study.compared[study.compared["dataset"] == dataset].sort_values("k", kind="stable")
     found: dict[str, dict[int, RunRecord]] = {}
     for row in runs.itertuples():
@@ -143,7 +149,7 @@ def _runs_by_reference(study: Study, dataset: str) -> dict[str, dict[int, RunRec
 
 
 def reference_pairs(study: Study, dataset: str) -> pd.DataFrame:
-    """``margin/SLUG`` of every reference on the test pairs of all seeds, each pair once."""
+    """Margin of every reference on the test pairs of all seeds, each pair once."""
     columns: dict[str, pd.Series] = {}
     for slug, runs in _runs_by_reference(study, dataset).items():
         parts = [
@@ -158,8 +164,8 @@ def reference_pairs(study: Study, dataset: str) -> pd.DataFrame:
 
 
 def reference_agreement(study: Study) -> pd.DataFrame:
-    """Of two references: the share of test pairs that both rank alike, and the rank correlation of
-    their margins."""
+    """For every two references, the share of test pairs that both rank alike, and the rank
+    correlation of their margins."""
     rows = []
     for dataset in study.datasets:
         margins = reference_pairs(study, dataset).dropna()
@@ -175,7 +181,7 @@ def reference_agreement(study: Study) -> pd.DataFrame:
 
 
 def instability(study: Study) -> pd.DataFrame:
-    """Runs in which something went wrong, and what."""
+    """Runs in which something went wrong, with what it was."""
     rows = []
     for run in study.runs.itertuples():
         record = study.records[str(run.source)]
@@ -217,12 +223,14 @@ def _events(record: RunRecord, run: Any) -> list[str]:
         events.append(f"ends at {run.test:.3f}, below the base model's {run.base:.3f}")
     undecided = record.result.get("undecided_pairs", 0)
     if undecided:
-        events.append(f"{undecided} pairs on which the weighting had no opinion")
+        events.append(
+            f"{undecided} pairs to which the weighting gave no weights, so that they became uniform"
+        )
     return events
 
 
 def rises(record: RunRecord, before: str, after: str) -> dict[str, float] | None:
-    """Shares of steps across which a column fell, stood and rose."""
+    """Shares of steps in which a metric fell, stood and rose; None if it was not logged."""
     if before not in record.metrics or after not in record.metrics:
         return None
     change = (record.metrics[after] - record.metrics[before]).dropna()
@@ -236,7 +244,7 @@ def rises(record: RunRecord, before: str, after: str) -> dict[str, float] | None
 
 
 def hours(record: RunRecord) -> tuple[float, int]:
-    """(hours so far, GPUs): set-up and training of what is finished, training of what is not."""
+    """Hours so far, and number of GPUs; for an unfinished run without the time of its set-up."""
     result = record.result
     seconds = result.get("wall_seconds", 0.0) + result.get("setup_seconds", 0.0)
     if not seconds and "perf/pairs_per_second" in record.metrics:

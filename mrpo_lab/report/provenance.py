@@ -1,4 +1,4 @@
-"""Where the numbers come from: runs used and left out, commits, versions, hardware, cost."""
+"""Where the numbers come from: runs that are used or left out, code, hardware and cost."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def tables(study: Study) -> list[ReportTable]:
 
 
 def _runs(study: Study) -> ReportTable:
-    used = {"compared": "compared", "other setting": "against β, K or pairs only"}
+    used = {"compared": "compared", "other setting": "only in figures against β, K or pairs"}
     rows = []
     for run in study.runs.itertuples():
         spent, gpus = hours(study.records[str(run.source)])
@@ -53,7 +53,7 @@ def _runs(study: Study) -> ReportTable:
         "runs",
         "provenance",
         "Runs",
-        "Every run folder that was found, what it was used for, and why not for more.",
+        "Every run that was found, what it is used for, and the reason if it is not compared.",
         frame,
         {
             **ABOUT,
@@ -111,7 +111,7 @@ def _cost(study: Study) -> ReportTable:
 
 
 def _origins(study: Study) -> ReportTable:
-    """Each combination of code, libraries and machine that runs started with, and how often."""
+    """Each combination of code, libraries and machine, with the number of starts that had it."""
     counted = Counter(
         tuple(_origin(session).items())
         for record in study.records.values()
@@ -123,8 +123,8 @@ def _origins(study: Study) -> ReportTable:
         "origins",
         "provenance",
         "Code, versions and hardware",
-        "Each combination that runs were started with, and how many starts it had. A commit with "
-        "a + had changes that were not committed.",
+        "Each combination that runs were started with, and the number of starts. A + after a "
+        "commit: there were changes that were not committed.",
         pd.DataFrame(rows, columns=[*names, "starts"]),
         {**{name: (name, format_text) for name in names}, "starts": ("starts", format_int)},
     )
@@ -145,21 +145,21 @@ def _origin(session: dict[str, Any]) -> dict[str, str]:
 
 
 def _settings(study: Study) -> ReportTable:
-    """What all compared runs of a dataset share."""
+    """Settings that all compared runs of a data set share."""
     keys = sorted({key for main in study.main.values() for key in main if "_target_" not in key})
     rows = [{"key": key, **{d: study.main[d].get(key, "") for d in study.datasets}} for key in keys]
     return ReportTable(
         "settings",
         "provenance",
         "Settings of the compared runs",
-        "What the compared runs of a dataset share: the setting that most of its runs have.",
+        "The compared runs of a data set share these settings; most of its runs have them.",
         pd.DataFrame(rows, columns=["key", *study.datasets]),
         {"key": ("key", format_text), **{d: (d, format_text) for d in study.datasets}},
     )
 
 
 def described(record: RunRecord, run: Any) -> dict[str, Any]:
-    """What the page shows of one run when its point is clicked."""
+    """What the page shows about a run when its point is clicked."""
     spent, gpus = hours(record)
     session = record.sessions[-1] if record.sessions else {}
     result = record.result

@@ -1,4 +1,4 @@
-"""Results that others published, read from a plain table, so that the same statistics apply."""
+"""Read published results from a table, so that the same statistics can be computed for them."""
 
 from __future__ import annotations
 
@@ -22,12 +22,13 @@ SINGLE = {"dpo", "single", "ln-dpo"}
 
 
 def read_published(path: Path) -> list[tuple[RunRecord, RunChoice]]:
-    """A record and a choice for each row.
+    """Read a record and its choices from each row of a table.
 
-    ``base`` is the loss that a weighting was used with (mdpo, mrpo, ...), or, where ``method`` is
-    dpo, the reference. ``alpha_X`` or ``posterior_X``: weight of reference X, the mean over steps
-    or at the end; ``accuracy_X``: the test accuracy of X itself; ``val_acc``, ``base_test_acc``.
-    Accuracies are shares, or per cent where one is above 1.
+    Columns: those in ``REQUIRED``; ``base``, the loss that a weighting was used with (mdpo, mrpo,
+    ...) or, if ``method`` is dpo, the reference; ``alpha_X`` or ``posterior_X``, the weight of
+    reference X (averaged over steps, or at the end); ``accuracy_X``, the test accuracy of X itself;
+    ``val_acc``; ``base_test_acc``. Accuracies lie between 0 and 1, or are percentages if a test
+    accuracy is above 1.
 
     Raises:
         UserError: the file cannot be read, or a column or a number is missing.

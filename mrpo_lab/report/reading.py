@@ -13,6 +13,7 @@ import yaml
 
 from mrpo_lab.errors import first_line
 from mrpo_lab.runs.reading import RunView
+from mrpo_lab.wording import format_duration
 
 SILENCE = 900.0
 """Seconds without a new line after which a run without a result is taken to have been stopped."""
@@ -100,16 +101,9 @@ def make_record(
     problem = "" if status == "finished" else error
     if status in ("running", "stopped"):
         step = int(metrics["step"].max()) if len(metrics) else 0
-        problem = f"at step {step}, last line {_duration(silent_for)} ago"
+        problem = f"at step {step}, last line {format_duration(silent_for)} ago"
     elif status == "finished" and not math.isfinite(result.get("test/accuracy") or math.nan):
         status, problem = "failed", "its test accuracy is not a number"
     return RunRecord(
         name, source, status, config, result, sessions, metrics, pairs, trade_off, problem
     )
-
-
-def _duration(seconds: float) -> str:
-    for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.0f} {unit}"
-    return f"{max(seconds, 0):.0f} seconds"

@@ -1,4 +1,4 @@
-"""A few runs side by side in the terminal."""
+"""Compare a few runs side by side in the terminal."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ class Study:
         return self.runs[self.runs["role"] == "compared"]
 
     def cells(self) -> pd.DataFrame:
-        """One row per data set and method: seeds, mean accuracies, standard error on test pairs."""
+        """One row per data set and method: mean accuracies over seeds, with a standard error."""
         rows = []
         for (dataset, method), cell in self.compared.groupby(["dataset", "method"], sort=False):
             rows.append(

@@ -1,4 +1,4 @@
-"""Every table of the report: what it holds, and how it is written as CSV, LaTeX and HTML."""
+"""The tables of the report, and how they are written as CSV, LaTeX and HTML."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mrpo_lab.report.study import Study
 
 @dataclass(frozen=True)
 class ReportTable:
-    """Numbers as they are, and how a reader sees them."""
+    """A data frame with a title, a caption, and the format of its columns."""
 
     key: str
     section: str
@@ -24,14 +24,14 @@ class ReportTable:
     caption: str
     frame: pd.DataFrame
     columns: Mapping[str, tuple[str, Callable[[Any], str]]]
-    """Of the frame, in order: heading and format."""
+    """Heading and format of each column that is shown, in order."""
 
     def csv(self) -> str:
-        """All columns of the frame, unrounded."""
+        """All columns of the frame as CSV, unrounded."""
         return str(self.frame.to_csv(index=False))
 
     def shown(self) -> pd.DataFrame:
-        """Text under headings."""
+        """The formatted columns under their headings."""
         return pd.DataFrame(
             {
                 heading: [form(value) for value in self.frame[name]]
@@ -41,7 +41,7 @@ class ReportTable:
         )
 
     def latex(self) -> str:
-        """A table environment for booktabs."""
+        """A LaTeX table environment; it needs the package booktabs."""
         shown = self.shown()
         for column in shown:
             shown[column] = [_latex(text) for text in shown[column]]
@@ -60,7 +60,7 @@ class ReportTable:
         )
 
     def html(self) -> str:
-        """A table element, every text escaped."""
+        """An HTML table; all text is escaped."""
         return str(self.shown().to_html(index=False, border=0, escape=True, justify="unset"))
 
 
@@ -209,7 +209,8 @@ def comparison(frame: pd.DataFrame) -> ReportTable:
 
 
 def correlation(study: Study, target: str) -> ReportTable:
-    """Tables 1 and 2 of the paper, and the correlation of what they correlate with."""
+    """Tables 1 and 2 of the paper (``own``, ``single``), and the correlation between the accuracies
+    that they use (``accuracy``)."""
     kinds: dict[str, tuple[str, Callable[[], pd.DataFrame], str, str]] = {
         "own": (
             "table-1",
@@ -222,14 +223,14 @@ def correlation(study: Study, target: str) -> ReportTable:
             "table-2",
             lambda: alpha_correlations(study, "single"),
             "Table 2: weights and the accuracy of single-reference DPO",
-            "Kendall's τ between α (for tsw: the posterior mean) and the test accuracy of DPO on "
-            "each reference alone with the same seed, averaged over seeds.",
+            "Kendall's τ between α (for tsw: the posterior mean) and the test accuracy of DPO "
+            "with each reference alone and the same seed, averaged over seeds.",
         ),
         "accuracy": (
             "table-2b",
             lambda: accuracy_correlations(study),
             "Own accuracy and the accuracy of single-reference DPO",
-            "Kendall's τ between what Tables 1 and 2 compare weights with, averaged over seeds.",
+            "Kendall's τ between the two accuracies that Tables 1 and 2 use, averaged over seeds.",
         ),
     }
     key, frame, title, caption = kinds[target]
@@ -238,7 +239,7 @@ def correlation(study: Study, target: str) -> ReportTable:
         "correlations",
         title,
         f"{caption} p: exact for that average, ties included, seeds independent; p (one matching): "
-        "exact, two-sided, one relabelling of the references for all seeds.",
+        "exact, two-sided, permuting the references alike in all seeds.",
         frame(),
         {
             **ABOUT,
@@ -260,10 +261,10 @@ def pair_weights(study: Study) -> ReportTable:
     return ReportTable(
         "pair-weights",
         "mechanism",
-        "How far references acted",
+        "How strongly the references act",
         "The weight of a pair is the scalar that the loss and the references give its gradient, "
         "over β. Means over steps and seeds. Effective share: effective sample size over batch "
-        "size; 100 %: all pairs count alike. Agreement: mean rank correlation, over pairs "
+        "size; at 100 % all pairs count alike. Agreement: mean rank correlation, over pairs "
         "of references, of the weights each alone would give the test pairs after training.",
         measures.pair_weights(study),
         {
@@ -285,7 +286,7 @@ def instability(study: Study) -> ReportTable:
         "Instability events",
         "Failed runs, numbers that are not finite, gradient norms above "
         f"{measures.SPIKE:.0f} times the run's median, runs that end below the base model, pairs "
-        "without an opinion.",
+        "to which the weighting gave no weights.",
         measures.instability(study),
         {
             **ABOUT,
@@ -301,8 +302,8 @@ def volumes(study: Study) -> ReportTable:
         "trade-off",
         "trade_off",
         "What each policy reaches on all aspects",
-        "On the test lists, ranked by implicit reward. Best: over the lambdas that were tried, "
-        "each aspect for itself.",
+        "On the test lists, ranked by implicit reward. Best: the highest value of each aspect over "
+        "the lambdas that were tried.",
         trade_off.volumes(study),
         {
             **ABOUT,
@@ -321,9 +322,9 @@ def references(study: Study) -> ReportTable:
         "references",
         "The references themselves",
         "On the test pairs, means over seeds. |margin| in nats per token. Prefers longer: share of "
-        "pairs of unequal length, in the reference's own tokens, where it gives the longer reply "
-        "more per token; beside it the share where the label does. Length correlation: Spearman's, "
-        "of margin and difference in length.",
+        "pairs of unequal length (in the reference's own tokens) in which the longer reply has the "
+        "higher log-probability per token; beside it the share in which the label prefers it. "
+        "Length correlation: Spearman's, of margin and difference in length.",
         measures.references(study),
         {
             "dataset": ("dataset", format_text),
@@ -343,7 +344,7 @@ def references(study: Study) -> ReportTable:
 def all_tables(
     study: Study, compared: pd.DataFrame, provenance: list[ReportTable]
 ) -> list[ReportTable]:
-    """In the order of the page; those without rows are left out."""
+    """All tables that have rows, in the order of the page."""
     tables = [
         accuracy(study),
         missing(study),

@@ -1,4 +1,4 @@
-"""Records from W&B, through its public API."""
+"""Read records of runs from W&B through its public API."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ STATES = {"crashed": "stopped", "killed": "interrupted", "preempted": "interrupt
 
 
 def read_project(path: str) -> list[RunRecord]:
-    """Every run of ``entity/project`` that this project's tracker wrote.
+    """Read every run of ``entity/project`` that this project's tracker wrote.
 
     Raises:
         UserError: the project cannot be read.
@@ -48,7 +48,7 @@ def read_project(path: str) -> list[RunRecord]:
 
 
 def record_of(run: Any) -> RunRecord:
-    """The record of one ``wandb.apis.public.Run``: its history, config, summary and files."""
+    """Make a record of a ``wandb.apis.public.Run`` from its history, config, summary and files."""
     files = {file.name: _content(file) for file in run.files(names=list(FILES))}
     provenance = json.loads(files.get("provenance.json", "{}"))
     pairs, trade_off = (files.get(f"{name}.parquet") for name in ("test_pairs", "trade_off"))
@@ -69,7 +69,7 @@ def record_of(run: Any) -> RunRecord:
 
 
 def plain(value: Any) -> Any:
-    """W&B's mappings as dicts; its words for what is not finite as numbers."""
+    """Turn W&B's mappings into dicts, and its words for numbers that are not finite into NaN."""
     if hasattr(value, "items"):
         return {str(k): plain(v) for k, v in value.items()}
     if value in ("NaN", "Infinity", "-Infinity"):
@@ -86,7 +86,7 @@ def _content(file: Any) -> bytes:
 
 
 def _silence(run: Any) -> float:
-    """Seconds since the run was last heard of."""
+    """Seconds since the last heartbeat of the run; 0 if it is running."""
     if run.state == "running":
         return 0.0
     return time.time() - datetime.fromisoformat(run.heartbeatAt).timestamp()

@@ -1,4 +1,4 @@
-"""The report's folder: ``index.html``, ``figures/`` and ``tables/``."""
+"""Write the report's folder: ``index.html``, ``figures/`` and ``tables/``."""
 
 from __future__ import annotations
 
@@ -16,11 +16,14 @@ from mrpo_lab.report.tables import ReportTable, all_tables
 from mrpo_lab.storage.files import write_whole
 
 SCALE = 2.0
-"""Pixels of a PNG for each of the figure's points."""
+"""Pixels of a PNG per point of the figure."""
 
 
 def write_report(study: Study, out: Path, refresh: int | None = None) -> Path:
-    """Write everything below ``out``; the page, last and whole.
+    """Write the report below ``out`` and return the page, which is written last.
+
+    Args:
+        refresh: seconds after which the page loads itself again.
 
     Raises:
         UserError: ``out`` cannot be written.
@@ -37,7 +40,7 @@ def write_report(study: Study, out: Path, refresh: int | None = None) -> Path:
         figures,
         tables,
         findings.findings(study, {table.key: table.frame for table in tables}),
-        findings.progress(study),
+        findings.running(study),
         runs,
         refresh,
     )

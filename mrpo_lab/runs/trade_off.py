@@ -47,7 +47,7 @@ def curves(rows: Rows, metric: str, ranked_by: str = "reward") -> dict[str, np.n
 
 
 def hypervolumes(rows: Rows, metric: str, ranked_by: str = "reward") -> dict[str, float]:
-    """Hypervolume of each policy's curve, at most 1: larger if some lambda does well on all aspects."""
+    """Hypervolume of each policy's curve, at most 1; large if some lambda serves all aspects."""
     return {
         policy: hypervolume(points) for policy, points in curves(rows, metric, ranked_by).items()
     }

@@ -1,4 +1,4 @@
-"""Figures of the report; ``all_figures`` is the list of them."""
+"""The figures of the report, collected in ``all_figures``."""
 
 import pandas as pd
 
@@ -12,9 +12,10 @@ __all__ = ["Figure", "all_figures"]
 
 
 def all_figures(study: Study, compared: pd.DataFrame) -> list[Figure]:
-    """Of every dataset, in the order of the page; those without data are left out.
+    """All figures that have data, data set by data set, in the order of the page.
 
-    ``compared``: the table of comparisons.
+    Args:
+        compared: the table of comparisons.
     """
     figures = [
         figure
