@@ -203,7 +203,8 @@ def over_steps(study: Study, dataset: str, split: str) -> Figure | None:
         dataset,
         f"{split.capitalize()} accuracy over steps",
         "One panel per weighting, all on the same scale. Thick lines: mean over seeds, with a band "
-        "of one standard error; thin lines: single seeds. With one reference, one line per reference.",
+        "of one standard error; thin lines: single seeds. In the panel of single references, one "
+        "line per reference.",
         chart,
         {"curves": _rounded(frame[["id", *RUN, "group", "step", "accuracy"]])},
     )

@@ -130,8 +130,8 @@ def over_steps(study: Study, dataset: str) -> Figure | None:
         dataset,
         "α over steps",
         "One panel for each method whose weights change. For a one-hot method a cell is the share "
-        "of seeds that chose this reference at this step; filter by one seed to see its choices. The "
-        "color scale is a square root, so that small weights can be distinguished from 0.",
+        "of seeds that chose this reference at this step; filter by one seed to see its choices. "
+        "The color scale is a square root, so that small weights can be distinguished from 0.",
         chart,
         {"alpha": frame},
     )
