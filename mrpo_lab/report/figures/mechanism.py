@@ -80,8 +80,8 @@ def pair_weights(study: Study, dataset: str) -> Figure | None:
         "Distribution of pair weights",
         "References only re-weight pairs: under every loss the gradient of a pair is a scalar "
         "times the same direction, and the weight is this scalar over β. Line: median over the "
-        "batch; bands: 25th to 75th and 5th to 95th percentile. If the band is narrow, all pairs count "
-        "alike and the references hardly act.",
+        "batch; bands: 25th to 75th and 5th to 95th percentile. If the band is narrow, all pairs "
+        "count alike and the references hardly act.",
         chart,
         {"quantiles": frame},
     )
