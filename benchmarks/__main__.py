@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.results import surroundings
-from benchmarks.work import Work, measure
+from benchmarks.workload import Work, measure
 
 TOKENS = {"float32": 512, "bfloat16": 1536}
 """Tokens in a forward pass of ours. More are up to 7 % faster, and take more memory."""

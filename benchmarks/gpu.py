@@ -18,8 +18,8 @@ import torch
 from transformers import PreTrainedConfig
 
 from benchmarks.results import Result, report
-from benchmarks.shapes import LLAMA_8B, PROFILES, QWEN_HALF_B, Profile, toy, write_model
-from benchmarks.work import Work, forget_peak, measure
+from benchmarks.synthetic_models import LLAMA_8B, PROFILES, QWEN_HALF_B, Profile, toy, write_model
+from benchmarks.workload import Work, forget_peak, measure
 
 ROWS = {"lora": None, "qlora": "nf4", "scoring": None}
 """What there is to measure, and how the weights are quantised for it."""

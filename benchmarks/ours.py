@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from omegaconf import DictConfig
 
-from benchmarks.work import BETA
+from benchmarks.workload import BETA
 from mrpo_lab.data.texts import TokenRow
 from mrpo_lab.models.policy import Policy
 from mrpo_lab.objective.aspect_weighting import FixedLambda

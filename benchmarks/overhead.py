@@ -26,7 +26,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.ours import Clock, compose, trainer_of
 from benchmarks.results import Result, report
-from benchmarks.work import BETA, Work, measure
+from benchmarks.workload import BETA, Work, measure
 from mrpo_lab.data.rows import parse_item, read_rows
 from mrpo_lab.data.texts import Item, TokenRow
 from mrpo_lab.data.tokenization import Tokenization

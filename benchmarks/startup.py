@@ -34,11 +34,11 @@ def main() -> None:
     from benchmarks.ours import Clock, compose
     from mrpo_lab.experiment import run_experiment
     from mrpo_lab.models.references import ReferenceSet
-    from mrpo_lab.models.weights import Checkpoint
+    from mrpo_lab.models.weights import ModelSource
     from mrpo_lab.training.trainer import Trainer
 
     clock = Clock()
-    clock.watch(Checkpoint, "load")
+    clock.watch(ModelSource, "load")
     clock.watch(ReferenceSet, "scores")
     with mock.patch.object(Trainer, "fit", stop), suppress(ReadyError):
         run_experiment(compose(sys.argv[1:]), "start")

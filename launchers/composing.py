@@ -128,7 +128,7 @@ class Composer:
 
     def _matters(self, key: str, value: str) -> bool:
         section = key.partition(".")[0].lstrip("+~")
-        if section in (*SCORED, *IDENTITY):
+        if section in (*SCORED, *IDENTITY, "kernels"):  # a setting of models and references
             return True
         return bool(self._options(key)) and not (self._is_inert(key) and self._has(key, value))
 

@@ -35,6 +35,8 @@ def needs(sections: Mapping[str, Any]) -> list[Need]:
     """Of a run with these ``dataset``, ``model`` and ``reference_set``, in the set's order."""
     dataset, model, references = (sections[k] for k in ("dataset", "model", "reference_set"))
     common = {key: references.get(key) for key in ("dtype", "quantization")}
+    if references.get("kernels", "auto") != "auto":  # marks from before the setting stay valid
+        common["kernels"] = "off"
     entries = [{**common, **entry} for entry in references["entries"]]
     texts = {
         "dataset": dataset,

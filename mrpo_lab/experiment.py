@@ -19,6 +19,7 @@ from mrpo_lab.data.conditioning import conditioned
 from mrpo_lab.data.dataset import Dataset, Prepared, describe
 from mrpo_lab.data.texts import Item, Message, Replies
 from mrpo_lab.errors import UserError
+from mrpo_lab.models.gate import Finding
 from mrpo_lab.models.policy import PolicyConfig
 from mrpo_lab.models.references import ReferenceSet
 from mrpo_lab.objective.aspect_weighting import LambdaSampler
@@ -28,7 +29,6 @@ from mrpo_lab.runs.folder import Run
 from mrpo_lab.runs.summary import summary
 from mrpo_lab.runs.tracking import LocalTracker, Tracker
 from mrpo_lab.runs.trade_off import hypervolumes
-from mrpo_lab.scoring.packing import longest_and_median
 from mrpo_lab.seeding import Seeds
 from mrpo_lab.storage.hub import NotAtHandError, missing
 from mrpo_lab.training.config import TrainConfig
@@ -129,12 +129,8 @@ class Experiment:
         prepared = self.prepare()
         if self.threads is not None:  # from here on: tiny7, if it had to be built, used all cores
             torch.set_num_threads(self.threads)
-        data = self.data(prepared)
+        data, findings = self.data_and_findings(prepared)
         policy = self.model.build(self.workers.device, self.seeds.value("init"))
-        centre = self.sampler.centre(prepared.labels.aspects)
-        lengths = self.model.tokenization.lengths(prepared.items, prepared.ids)
-        typical = longest_and_median(lengths.prompt.max(-1) + lengths.reply.sum(-1))
-        policy.scorer.check_packing(data.tokens(typical, centre))
         trainer = Trainer(
             self.config,
             policy,
@@ -163,7 +159,7 @@ class Experiment:
             **trainer.result(),
             **({"hypervolume": hypervolumes(trade_off, "pairwise")} if trade_off else {}),
             "counts": prepared.counts,
-            "gate": [asdict(finding) for finding in self.references.findings],
+            "gate": [asdict(finding) for finding in findings],
             "setup_seconds": round(time.monotonic() - began - trainer.state.seconds, 3),
             "peak_memory_gib": round(peak_memory() / 2**30, 3),
             "samples": [
@@ -214,10 +210,16 @@ class Experiment:
 
     def data(self, prepared: Prepared) -> Data:
         """Reference scores from the store, filled first where needed, and the policy's tokens."""
+        return self.data_and_findings(prepared)[0]
+
+    def data_and_findings(self, prepared: Prepared) -> tuple[Data, list[Finding]]:
+        """``data``, and the checks of the gate that a reference failed."""
         items, device = prepared.items, self.workers.device
-        refs = self.workers.main_first(lambda: self.references.scores(items, prepared.ids, device))
+        refs, findings = self.workers.main_first(
+            lambda: self.references.scores(items, prepared.ids, device)
+        )
         told = self.sampler.condition
-        return Data(
+        data = Data(
             tokenize=self.telling(prepared) if told else self.untold(prepared),
             told=told,
             refs=refs,
@@ -230,6 +232,7 @@ class Experiment:
             names=lambda i: f"pair {i} of the pool ({items[i].prompt[-1]['content'][:60]!r})",
             fingerprint=prepared.fingerprint(),
         )
+        return data, findings
 
     def untold(self, prepared: Prepared) -> Tokenize:
         """The policy's tokens, found out when they are first needed."""

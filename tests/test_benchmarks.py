@@ -21,15 +21,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import gpu, overhead
 from benchmarks.__main__ import difference
-from benchmarks.contestants import CONTESTANTS, ours_scoring, ours_training, plain_scoring
+from benchmarks.measurements import CONTESTANTS, ours_scoring, ours_training, plain_scoring
 from benchmarks.overhead import WEIGHTINGS, fill, small_steps, start, trial
 from benchmarks.results import Result, report
-from benchmarks.shapes import PROFILES
-from benchmarks.work import Work, flops, matmul_peak, plain_flops
+from benchmarks.synthetic_models import PROFILES
+from benchmarks.workload import Work, flops, matmul_peak, plain_flops
 from mrpo_lab.data.ids import reply_ids
 from mrpo_lab.data.texts import Item
 from mrpo_lab.models.references import ReferenceSet
-from mrpo_lab.models.weights import Checkpoint
+from mrpo_lab.models.weights import ModelSource
 from mrpo_lab.scoring import attention
 from mrpo_lab.scoring.scorer import ReplyScorer
 
@@ -114,7 +114,7 @@ class TestStart:
         ids = reply_ids(items)
         fill(ReferenceSet(entries=entries), items, ids)
         references = ReferenceSet(entries=entries, gate="warn")
-        with mock.patch.object(Checkpoint, "load", side_effect=AssertionError("a model")):
+        with mock.patch.object(ModelSource, "load", side_effect=AssertionError("a model")):
             began = time.process_time()
             scores = references.scores(items, ids, torch.device("cpu"))
             seconds = time.process_time() - began

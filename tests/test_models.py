@@ -1,4 +1,4 @@
-"""Checkpoints as they are run: dtypes, adapters, quantised weights; where they come from."""
+"""Model weights: dtypes, adapters, quantization, kernels, and where weights come from."""
 
 import os
 import shutil
@@ -19,7 +19,8 @@ from mrpo_lab.errors import UserError
 from mrpo_lab.models.policy import PolicyConfig
 from mrpo_lab.models.references import Reference
 from mrpo_lab.models.weights import locate, weights_hash
-from mrpo_lab.scoring.scorer import ReplyScorer, Side
+from mrpo_lab.scoring.padding import Side
+from mrpo_lab.scoring.scorer import ReplyScorer
 
 CPU = torch.device("cpu")
 LORA: dict[str, Any] = {
@@ -42,9 +43,9 @@ def reference(folder: Path, **options: Any) -> Reference:
     return Reference(**{"slug": "one", "path": str(folder), "dtype": "float32"} | options)
 
 
-def some_rows(checkpoint: Reference | PolicyConfig, pairs: int = 3) -> list[TokenRow]:
+def some_rows(source: Reference | PolicyConfig, pairs: int = 3) -> list[TokenRow]:
     items = [parse_item(row, "") for row in synthetic_rows(pairs, seed=9)]
-    return [row for rows in checkpoint.tokenization.rows(items) for row in rows or ()]
+    return [row for rows in source.tokenization.rows(items) for row in rows or ()]
 
 
 def scores(model: nn.Module, rows: list[TokenRow], side: Side | None = None) -> Tensor:
@@ -154,7 +155,7 @@ class TestQuantized:
         torch.testing.assert_close(found, slow_scores(model, rows), rtol=0, atol=tolerance * 20)
         counts = torch.tensor([row.reply_tokens for row in rows])
         apart = ((found - scores(reference(mistral).load(CPU), rows)) / counts).abs()
-        assert 1e-5 < apart.max() < 0.2  # quantised, and still the same model
+        assert 1e-5 < apart.max() < 0.2  # quantized, and still the same model
 
     @pytest.mark.parametrize(("quantization", "tolerance"), [("nf4", 1e-6), ("int8", 1e-3)])
     def test_lora_trains_as_on_the_weights_that_the_bits_stand_for(

@@ -44,7 +44,8 @@ from mrpo_lab.data.chat import load_format
 from mrpo_lab.data.texts import Item, TokenRow
 from mrpo_lab.embedded.synthetic import synthetic_rows
 from mrpo_lab.scoring import head
-from mrpo_lab.scoring.scorer import ReplyScorer, Side, collate
+from mrpo_lab.scoring.padding import Side, collate
+from mrpo_lab.scoring.scorer import ReplyScorer
 
 SPECIAL: dict[str, Any] = {
     "vocab_size": VOCABULARY,

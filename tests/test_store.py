@@ -261,7 +261,7 @@ def two(tiny7_dir: Path) -> ReferenceSet:
 
 
 def scores(refs: ReferenceSet, items: list[Item]) -> Scores:
-    return refs.scores(items, reply_ids(items), CPU)
+    return refs.scores(items, reply_ids(items), CPU).scores
 
 
 def no_model(*_: Any) -> None:

@@ -118,12 +118,12 @@ def merged_policy(experiment: Experiment, adapters: Mapping[str, Path]) -> Polic
     """The base model with all adapters, by aspect."""
     import peft
 
-    base: Any = experiment.model.load(experiment.workers.device, frozen=True)
+    base: Any = experiment.model.load(experiment.workers.device)
     (first, folder), *others = adapters.items()
     model = peft.PeftModel.from_pretrained(base, str(folder), adapter_name=first)
     for aspect, folder in others:
         model.load_adapter(str(folder), adapter_name=aspect)
-    return Policy(model.eval(), experiment.model.tokenization)
+    return Policy(model.eval(), experiment.model.tokenization, experiment.model.kernels)
 
 
 def check(told: Finished, alone: Sequence[Finished]) -> dict[str, Finished]:

@@ -194,7 +194,7 @@ class Trainer:
         """Gradients of the batch's mean loss, from this process's share of it in micro-batches;
         the policy's scores of the whole batch, as they were before the step."""
         share = list(self.workers.share(len(rows)))
-        costs = [self.policy.scorer.cost(rows[i]) for i in share]
+        costs = self.policy.scorer.costs([rows[i] for i in share])
         scored, mine = [], []
         for group in balanced(costs, self.config.micro_batch_tokens):
             part = [share[i] for i in group]

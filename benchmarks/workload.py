@@ -104,7 +104,7 @@ def measure(who: str, size: int, work: Work) -> dict[str, Any]:
     """
     print(f"{work.name()} {work.dtype}: {who} {size} ...", file=sys.stderr, flush=True)
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.contestants", who, str(size), work.to_json()],
+        [sys.executable, "-m", "benchmarks.measurements", who, str(size), work.to_json()],
         capture_output=True,
         text=True,
         check=False,

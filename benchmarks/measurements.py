@@ -1,4 +1,4 @@
-"""One measurement in a process of its own: ``python -m benchmarks.contestants WHO SIZE WORK``.
+"""One measurement in a process of its own: ``python -m benchmarks.measurements WHO SIZE WORK``.
 
 WORK is JSON; the last line printed is JSON too.
 """
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from benchmarks.ours import trainer_of
-from benchmarks.work import (
+from benchmarks.workload import (
     BETA,
     LORA,
     Work,
