@@ -257,6 +257,14 @@ class TestReferenceSet:
         shards = [len(list(r.table().folder.glob("*.safetensors"))) for r in refs.members]
         assert shards == [1, 0, 0]
 
+    def test_findings_come_with_the_scores(self, three: dict[str, Any]) -> None:
+        refs = ReferenceSet(**three, gate="warn")
+        first = refs.scores(UNEVEN, reply_ids(UNEVEN), CPU).findings
+        assert {finding.slug for finding in first} == {"qwen3"}
+        assert "differ by" in first[0].problem
+        assert "of the other references" in first[-1].problem
+        assert refs.scores(UNEVEN, reply_ids(UNEVEN), CPU).findings == first  # from the store
+
     def test_warn_says_so_and_goes_on_and_remembers(
         self, three: dict[str, Any], caplog: pytest.LogCaptureFixture
     ) -> None:

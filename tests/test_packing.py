@@ -1,6 +1,9 @@
 """Packed rows are scored as the oracle scores them: each reply alone, whole logits, by token."""
 
 import logging
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -9,6 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from test_scoring import CONFIGS, GROUPED, SPECIAL, build, random_model
+from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     FalconConfig,
@@ -24,6 +28,8 @@ from transformers import (
 from whole_logits import VOCABULARY, gradient, slow_score, weighted
 
 from mrpo_lab.data.texts import Replies, TokenRow
+from mrpo_lab.merging.compare import merged_policy
+from mrpo_lab.models.policy import PolicyConfig
 from mrpo_lab.scoring import attention
 from mrpo_lab.scoring import scorer as scoring
 from mrpo_lab.scoring.attention import AttentionOptions
@@ -254,6 +260,64 @@ def test_attention_with_dropout_is_left_to_the_model(caplog: pytest.LogCaptureFi
     assert (noisy[0] - noisy[1]).abs().min() > 0
     model.eval()
     torch.testing.assert_close(scorer.logps(ITEMS)[0], slow(model, ITEMS), rtol=0, atol=2e-5)
+
+
+class TestFirstUse:
+    """The scorer checks by itself whether the model can be packed."""
+
+    def test_in_a_training_pass_it_changes_no_state(self) -> None:
+        model = random_model("llama").train()
+        scorer = ReplyScorer(model)
+        draws: list[Tensor] = []
+        model.model.layers[0].register_forward_hook(lambda *_: draws.append(torch.rand(1)))
+        before = torch.get_rng_state()
+        scorer.costs(ITEMS)
+        assert draws  # the model was run
+        assert torch.equal(torch.get_rng_state(), before)
+        assert all(layer.training for layer in model.modules())
+        assert scorer.logps(ITEMS)[0].requires_grad
+
+    def test_costs_are_those_of_the_rows_that_will_be_computed(self) -> None:
+        padded = [len(item) * max(len(row.ids) for row in item) for item in ITEMS]
+        assert ReplyScorer(random_model("bloom")).costs(ITEMS) == padded
+        packed = [packed_tokens(item) for item in ITEMS]
+        assert ReplyScorer(random_model("llama")).costs(ITEMS) == packed != padded
+
+    def test_no_items_decide_nothing(self) -> None:
+        scorer = ReplyScorer(random_model("bloom"))
+        assert scorer.score([], 100).sums.shape == (0, 0)
+        assert scorer.packs
+        scorer.costs(ITEMS)
+        assert not scorer.packs
+
+    @pytest.mark.parametrize(
+        ("config", "target"),
+        [(CONFIGS["bloom"], "query_key_value"), (OTHERS["qwen3_next"], "q_proj")],
+        ids=["bloom", "qwen3_next"],
+    )
+    def test_merged_policies_are_scored_right(
+        self, config: PreTrainedConfig, target: str, tmp_path: Path
+    ) -> None:
+        """Models that cannot be packed: one refuses, the other would give wrong numbers."""
+        build(AutoModelForCausalLM.from_config(config)).save_pretrained(tmp_path / "base")
+        source = PolicyConfig(path=str(tmp_path / "base"), dtype="float32")
+        adapters = {}
+        for seed, aspect in enumerate(("helpful", "harmless")):
+            lora = {"r": 2, "target_modules": [target], "init_lora_weights": False}
+            policy = replace(source, lora=lora).build(CPU, seed)
+            adapters[aspect] = tmp_path / aspect
+            policy.model.save_pretrained(adapters[aspect])  # type: ignore[operator]
+        experiment: Any = SimpleNamespace(model=source, workers=SimpleNamespace(device=CPU))
+        source.__dict__["tokenization"] = None  # there are no texts
+        policy = merged_policy(experiment, adapters)
+        model: Any = policy.model
+        model.add_weighted_adapter(list(adapters), [0.4, 0.6], "both", combination_type="linear")
+        model.set_adapter("both")
+        sums = policy.scorer.score(ITEMS, 10**6).sums
+        with torch.no_grad():
+            expected = slow(model, ITEMS)
+        found = torch.cat([row[: len(item)] for row, item in zip(sums, ITEMS, strict=True)])
+        torch.testing.assert_close(found, expected, rtol=0, atol=5e-5)
 
 
 def test_generation_and_padded_rows_use_the_models_own_attention() -> None:

@@ -371,6 +371,12 @@ class TestKey:
         keys.append(self.key(folder))
         assert len(set(keys)) == len(keys) == 13
 
+    def test_names_kernels_only_where_they_are_off(self, folder: Path) -> None:
+        """So that scores from before the setting are found."""
+        assert self.key(folder, kernels="auto") == self.key(folder)
+        assert "kernels" not in json.loads((self.key(folder) / "key.json").read_text())
+        assert self.key(folder, kernels="off") != self.key(folder)
+
     def test_changes_with_nothing_else(self, folder: Path, tmp_path: Path) -> None:
         before = self.key(folder)
         moved = folder.rename(tmp_path / "moved")
