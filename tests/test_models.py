@@ -229,7 +229,6 @@ class TestKernels:
                 self.check(model, scorer := ReplyScorer(model, source.kernels), rows, plain=plain)
                 found.append(scorer.score([tuple(rows)], 10**6).sums[0] / counts)
             torch.testing.assert_close(found[0], found[1], rtol=0, atol=near)
-            assert not torch.equal(found[0], found[1])
         gradients = []
         for kernels in ("auto", "off"):
             config = PolicyConfig(path=str(mistral), dtype=dtype, lora=lora, kernels=kernels)  # type: ignore[arg-type]
