@@ -187,7 +187,7 @@ def test_collate_places_rows_on_either_side() -> None:
 
 class TestMemory:
     def watch(self, model: Any) -> list[torch.Size]:
-        """Shapes that leave the head, from now on."""
+        """A list that collects the shapes of the head's outputs."""
         shapes: list[torch.Size] = []
         model.get_output_embeddings().register_forward_hook(
             lambda module, inputs, output: shapes.append(output.shape)
@@ -228,7 +228,7 @@ class TestMemory:
 
 
 class Peculiar(LlamaForCausalLM):
-    """A head that no configuration key tells of."""
+    """A model whose configuration does not say what it does to its logits."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         output = super().forward(*args, **kwargs)
