@@ -68,6 +68,7 @@ def test_flops_are_those_that_are_computed(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(attention, "BLOCK", 1)  # no key is computed that a query does not see
     model, items = random_model("llama"), items_of((20, 9, 12), (7, 3, 3))
     scorer = ReplyScorer(model)
+    scorer.costs(items)  # the first use compares packed with padded rows
     plain_products = sdpa_kernel(SDPBackend.MATH)  # of the fused kernel the counter knows nothing
     with FlopCounterMode(display=False) as counter, torch.no_grad(), plain_products:
         scorer.logps(items)
