@@ -106,7 +106,7 @@ class Composer:
     def _matters(self, override: str) -> bool:
         """Whether the override's value can change a name's choices or a section of ``SCORED``."""
         key = override.partition("=")[0].lstrip("+~")
-        if key.partition(".")[0] in (*SCORED, "name"):
+        if key.partition(".")[0] in (*SCORED, "name", "kernels"):  # kernels enter two sections
             return True
         return key != "seed" and bool(self._options_of(key))
 

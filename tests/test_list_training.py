@@ -144,14 +144,17 @@ class TestToldLambda:
     ) -> None:
         experiment = Experiment.build(compose(*lists, "lambda=dirichlet"), Workers.start())
         prepared = experiment.prepare()
-        data = experiment.data(prepared)
+        refs = experiment.reference_scores(prepared).scores
+        data = experiment.data(prepared, refs)
         tokenizer = experiment.model.tokenization.format.tokenizer
         (told,) = data.tokens.rows([3], torch.tensor([0.25, 0.75]).double())
         for row in told:
             text = tokenizer.decode(row.ids)
             assert "honest 0.75, kind 0.25" in text
             assert prepared.items[3].prompt[0]["content"] in text
-        plain = Experiment.build(compose(*lists), Workers.start()).data(prepared)
+        unconditioned = Experiment.build(compose(*lists), Workers.start())
+        plain_refs = unconditioned.reference_scores(prepared).scores
+        plain = unconditioned.data(prepared, plain_refs)
         assert torch.equal(plain.refs.sums, data.refs.sums)
         (untold,) = plain.tokens.rows([3], torch.ones(2))
         assert "kind" not in tokenizer.decode(untold[0].ids)

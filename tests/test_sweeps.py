@@ -150,8 +150,14 @@ def test_scores_are_needed_by_what_decides_them() -> None:
     assert keys("seed=s3", "loss=mrpo", "weighting=tsw") == plain  # the pool is the same
     assert keys("reference_set.gate=warn", "reference_set.token_budget=9") == plain
     assert keys("reference_set.use=[tiny-neox]") == {"tiny-neox": plain["tiny-neox"]}
-    for change in ("dataset.pairs=50", "reference_set.dtype=float64", "model.template=chatml"):
+    for change in (
+        "dataset.pairs=50",
+        "reference_set.dtype=float64",
+        "model.template=chatml",
+        "kernels=off",
+    ):
         assert not set(keys(change).values()) & set(plain.values()), change
+    assert keys("kernels=auto") == plain  # composed anew, after the other value of the key
 
 
 def test_data_that_changed_is_scored_again(tmp_path: Path) -> None:

@@ -110,8 +110,10 @@ def merged_trade_off(
     cfg = OmegaConf.create(conditioned.config)
     configs.check(cfg)
     experiment = Experiment.build(cfg, Workers.start())
+    prepared = experiment.prepare()
+    refs = experiment.reference_scores(prepared).scores
     # Merged policies consist of policies that have no lambda in their prompt.
-    data = experiment.data(experiment.prepare(), conditioned=False)
+    data = experiment.data(prepared, refs, conditioned=False)
     aspects = data.labels.aspects
     points = experiment.sampler.points(aspects)
     rows = list(conditioned.trade_off)
@@ -144,9 +146,9 @@ def load_adapters(experiment: Experiment, adapters: Mapping[str, Path]) -> Polic
     """Load the base model with all ``adapters``, each under the name of its aspect."""
     import peft
 
-    base: Any = experiment.model.load(experiment.workers.device, frozen=True)
+    base: Any = experiment.model.load(experiment.workers.device)
     (first, folder), *others = adapters.items()
     model = peft.PeftModel.from_pretrained(base, str(folder), adapter_name=first)
     for aspect, folder in others:
         model.load_adapter(str(folder), adapter_name=aspect)
-    return Policy(model.eval(), experiment.model.tokenization)
+    return Policy(model.eval(), experiment.model.tokenization, experiment.model.kernels)

@@ -1,4 +1,4 @@
-"""Models of a real one's shape with random weights, and pairs of random letters: no hub."""
+"""Models with random weights in the shape of real ones, and pairs of random letters: no hub."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ QWEN_HALF_B = Qwen2Config(
     rope_parameters={"rope_type": "default", "rope_theta": 1e6},
     tie_word_embeddings=True,
 )
-"""Qwen2.5-0.5B."""
+"""The shape of Qwen2.5-0.5B."""
 LLAMA_8B = LlamaConfig(
     vocab_size=128_256,
     hidden_size=4096,
@@ -42,7 +42,7 @@ LLAMA_8B = LlamaConfig(
     rope_parameters={"rope_type": "default", "rope_theta": 5e5},
     tie_word_embeddings=False,
 )
-"""Llama 3.1 8B."""
+"""The shape of Llama 3.1 8B."""
 START, END = "<|im_start|>", "<|im_end|>"
 TEMPLATE = (
     "{% for m in messages %}" + START + "{{ m.role[0] + m.content }}" + END + "{% endfor %}"
@@ -52,7 +52,7 @@ LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
 def toy(config: PreTrainedConfig) -> PreTrainedConfig:
-    """The same architecture, small enough for a processor and a test."""
+    """The same architecture, small enough for a test on a CPU."""
     small: dict[str, Any] = {
         "vocab_size": 512,
         "hidden_size": 64,
@@ -66,7 +66,7 @@ def toy(config: PreTrainedConfig) -> PreTrainedConfig:
 
 
 def write_model(config: PreTrainedConfig, folder: Path, device: torch.device) -> None:
-    """Random weights in bfloat16, and a tokenizer for which each letter is a token."""
+    """Write random weights in bfloat16, and a tokenizer with one token per letter."""
     torch.manual_seed(0)
     with device:
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
@@ -85,23 +85,26 @@ def write_model(config: PreTrainedConfig, folder: Path, device: torch.device) ->
 
 @dataclass(frozen=True)
 class Profile:
-    """Lengths in tokens, log-normal: made up after the median and spread of a data set, not drawn
-    from it."""
+    """Log-normal lengths of prompts and replies, invented to resemble a data set, not drawn from
+    it."""
 
     name: str
     prompt: float
-    """Median, in tokens; so the reply's."""
+    """Median number of tokens of a prompt."""
     reply: float
+    """Median number of tokens of a reply."""
     prompt_spread: float
-    """Standard deviation of the logarithm."""
+    """Standard deviation of the logarithm of a prompt's length."""
     reply_spread: float
+    """Standard deviation of the logarithm of a reply's length."""
     batch: int
-    """Pairs an optimizer step in the protocol."""
+    """Number of pairs in an optimizer step of the protocol."""
     minutes: float
-    """A trial on one GPU shall take at most this."""
+    """The target: most minutes that a trial may take on one GPU."""
 
     def write(self, file: Path, pairs: int, longest: int, scale: float) -> None:
-        """``pairs`` of at most ``longest`` tokens as JSON lines, lengths times ``scale``."""
+        """Write ``pairs`` pairs of at most ``longest`` tokens as JSON lines, with all lengths
+        multiplied by ``scale``."""
         rng = np.random.default_rng(0)
         with file.open("w") as lines:
             for lengths in self._lengths(rng, pairs, longest, scale):

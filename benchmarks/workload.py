@@ -1,4 +1,4 @@
-"""The work that every contestant is given, and what it costs at least."""
+"""The work that all programs are measured on, and the operations that it needs at least."""
 
 from __future__ import annotations
 
@@ -32,16 +32,18 @@ BETA = 0.1
 
 
 @dataclass(frozen=True)
-class Work:
-    """Pairs of a file, a model and how both are taken."""
+class Workload:
+    """Pairs of a file, a model, and how the model is trained or scored on them."""
 
     data: str
     model: str
     dtype: str
     max_tokens: int
+    """Pairs with a longer prompt and reply are left out."""
     batch: int
+    """Number of pairs in a step."""
     steps: int
-    """Timed, after one that is not."""
+    """Number of timed steps; one that is not timed precedes them."""
     threads: int
     quantization: str | None = None
     gradient_checkpointing: bool = False
@@ -50,6 +52,7 @@ class Work:
         return json.dumps(asdict(self))
 
     def policy(self, lora: bool = True) -> PolicyConfig:
+        """The model as this project loads it."""
         return PolicyConfig(
             path=self.model,
             dtype=self.dtype,
@@ -59,7 +62,7 @@ class Work:
         )
 
     def quantized(self) -> dict[str, Any]:
-        """What ``from_pretrained`` wants to load the model as ``policy`` does."""
+        """Arguments of ``from_pretrained`` that quantize the model as ``policy`` does."""
         if self.quantization is None:
             return {}
         from transformers import BitsAndBytesConfig
@@ -73,7 +76,11 @@ class Work:
         return {"quantization_config": config, "device_map": {"": Workers.start().device}}
 
     def pairs(self) -> tuple[list[Item], list[tuple[TokenRow, ...]]]:
-        """(texts, token rows) of as many pairs as are needed: the file's first that fit."""
+        """Texts and token rows of the first pairs of the file that fit, as many as are needed.
+
+        Raises:
+            SystemExit: the file has too few.
+        """
         tokenization = self.policy().tokenization
         items: list[Item] = []
         rows: list[tuple[TokenRow, ...]] = []
@@ -93,33 +100,34 @@ class Work:
         raise SystemExit(f"{self.data} has only {len(rows)} pairs that fit: lower steps")
 
     def name(self) -> str:
+        """Name of the data."""
         return Path(self.data).name.split(".")[0]
 
 
-def measure(who: str, size: int, work: Work) -> dict[str, Any]:
-    """What a contestant prints last, in a fresh process.
+def measure(name: str, size: int, work: Workload) -> dict[str, Any]:
+    """Run one of ``MEASUREMENTS`` in a process of its own; the numbers that it prints.
 
     Raises:
-        SystemExit: it failed, with what it said.
+        SystemExit: the process failed; with its errors.
     """
-    print(f"{work.name()} {work.dtype}: {who} {size} ...", file=sys.stderr, flush=True)
+    print(f"{work.name()} {work.dtype}: {name} {size} ...", file=sys.stderr, flush=True)
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.contestants", who, str(size), work.to_json()],
+        [sys.executable, "-m", "benchmarks.measurements", name, str(size), work.to_json()],
         capture_output=True,
         text=True,
         check=False,
         env={**os.environ, "OMP_NUM_THREADS": str(work.threads), "HF_HUB_OFFLINE": "1"},
     )
     if done.returncode:
-        raise SystemExit(f"{who}: {done.stderr[-3000:]}")
+        raise SystemExit(f"{name}: {done.stderr[-3000:]}")
     numbers: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return numbers
 
 
 def linear_weights(model: Any) -> list[tuple[int, bool]]:
-    """(number, whether trained) of the weights in each product but the head's."""
+    """Number of weights of each matrix product except the head's, and whether they are trained."""
     return [
-        # A packed 4-bit weight counts two numbers a byte.
+        # Two 4-bit weights are packed into a byte.
         (p.numel() * (2 if p.dtype == torch.uint8 else 1), p.requires_grad)
         for name, p in model.named_parameters()
         if p.ndim == 2 and "embed" not in name and "lm_head" not in name
@@ -127,17 +135,22 @@ def linear_weights(model: Any) -> list[tuple[int, bool]]:
 
 
 def plain_flops(model: Any, items: Sequence[tuple[TokenRow, ...]], each: int) -> float:
-    """``each`` operations a weight and token of every row by itself: neither attention nor head
-    nor padding counts. By custom 2 for a forward pass, 4 with LoRA's backward pass."""
+    """``each`` operations per weight and token, of every row separately.
+
+    Attention, head and padding do not count. The convention is 2 for a forward pass and 4 with a
+    backward pass through frozen weights.
+    """
     tokens = sum(len(row.ids) for rows in items for row in rows)
     return float(each * tokens * sum(number for number, _ in linear_weights(model)))
 
 
 def flops(model: Any, items: Sequence[tuple[TokenRow, ...]], backward: bool) -> float:
-    """Floating point operations that rows with shared prompts need, nothing computed twice: a
-    forward pass, and if ``backward`` the gradients of activations and of what is trained."""
+    """Floating point operations that the items need if every prompt is computed once.
+
+    A forward pass and, if ``backward``, the gradients of activations and of trained weights.
+    """
     config = model.config.get_text_config()
-    # 2 a weight and token forward, 2 for the activation's gradient, 2 for the weight's own.
+    # Per weight and token: 2 forward, 2 for the activation's gradient, 2 for the weight's gradient.
     per_token = sum(
         n * (2 + (4 if trained else 2) * backward) for n, trained in linear_weights(model)
     )
@@ -154,7 +167,7 @@ def flops(model: Any, items: Sequence[tuple[TokenRow, ...]], backward: bool) -> 
 
 
 def timed(step: Callable[[int], object], steps: int, device: torch.device) -> list[float]:
-    """Seconds of each call of ``step`` with 1 ... steps, after one with 0 that is not counted."""
+    """Seconds of each of ``step(1)`` to ``step(steps)``; ``step(0)`` comes first, not counted."""
     seconds = []
     for number in range(steps + 1):
         wait(device)
@@ -166,19 +179,20 @@ def timed(step: Callable[[int], object], steps: int, device: torch.device) -> li
 
 
 def wait(device: torch.device) -> None:
+    """Wait until a GPU has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def peak_gib() -> float:
-    """Most memory this process ever held: on the GPU if there is one, else all of it."""
+    """Peak memory of this process in GiB: on the GPU if there is one, else in main memory."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_reserved() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def forget_peak() -> None:
-    """Let ``peak_gib`` count from now on, where that can be: on a GPU."""
+    """Let ``peak_gib`` start anew, on a GPU; main memory's peak cannot be reset."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -186,7 +200,7 @@ def forget_peak() -> None:
 
 
 def matmul_peak(dtype: torch.dtype, device: torch.device) -> float:
-    """FLOP a second of the fastest of a few large products: what the hardware can do here."""
+    """Operations per second of the fastest of several large matrix products."""
     best = 0.0
     sizes = (1024, 2048) if device.type == "cpu" else (4096, 8192, 16384)
     for size in sizes:

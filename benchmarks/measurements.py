@@ -1,6 +1,7 @@
-"""One measurement in a process of its own: ``python -m benchmarks.contestants WHO SIZE WORK``.
+"""``python -m benchmarks.measurements NAME SIZE WORKLOAD``: one measurement in its own process.
 
-WORK is JSON; the last line printed is JSON too.
+NAME is a key of ``MEASUREMENTS``, SIZE the number of tokens or pairs in a forward pass, WORKLOAD
+JSON. The last line that is printed is JSON too.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ import numpy as np
 import torch
 
 from benchmarks.ours import trainer_of
-from benchmarks.work import (
+from benchmarks.workload import (
     BETA,
     LORA,
-    Work,
+    Workload,
     flops,
     forget_peak,
     matmul_peak,
@@ -39,23 +40,25 @@ from mrpo_lab.training.config import TrainConfig
 from mrpo_lab.training.workers import Workers
 
 Numbers = dict[str, Any]
+"""What was measured, by name."""
 Rows = list[tuple[TokenRow, ...]]
 OUT_OF_MEMORY: Numbers = {"pairs_per_second": 0.0, "out_of_memory": True}
 
 
-def ours_training(work: Work, tokens: int) -> Numbers:
-    """Steps of ``Trainer`` on the policy with one reference."""
+def ours_training(work: Workload, tokens: int) -> Numbers:
+    """Train with this project, with one reference and ``tokens`` tokens in a pass."""
     _, rows = work.pairs()
     return train(work.policy().build(Workers.start().device, 0), rows, work, tokens)
 
 
-def train(policy: Policy, rows: Rows, work: Work, tokens: int) -> Numbers:
+def train(policy: Policy, rows: Rows, work: Workload, tokens: int) -> Numbers:
+    """Time optimizer steps of ``Trainer`` on a policy that was just built."""
     refs = policy.scorer.score(rows, 2048)  # the policy is its own reference before training
     config = TrainConfig(
         batch_size=work.batch, micro_batch_tokens=tokens, accuracy_after_step=False
     )
     losses: list[float] = []
-    # Of one reference all weight is its own.
+    # With K = 1, alpha is 1.
     with trainer_of(policy, rows, Scores.stack([refs]), config, ARWC()) as trainer:
         pairs = np.arange(len(rows))
 
@@ -73,9 +76,9 @@ def train(policy: Policy, rows: Rows, work: Work, tokens: int) -> Numbers:
     }
 
 
-def ours_best(work: Work, tokens: int) -> Numbers:
-    """The fastest of ``ours_training`` with 1 to 8 times ``tokens`` a pass, with and without
-    gradient checkpointing, all of them listed; and the speed of the policy's evaluation."""
+def ours_best(work: Workload, tokens: int) -> Numbers:
+    """The fastest of ``ours_training`` with 1 to 8 times ``tokens`` in a pass, with and without
+    gradient checkpointing; ``tried`` lists all of them. Includes the speed of the evaluation."""
     device = Workers.start().device
     _, rows = work.pairs()
     halves = replace(work, batch=len(rows) // 2, steps=1)
@@ -96,8 +99,8 @@ def ours_best(work: Work, tokens: int) -> Numbers:
     return max(tried, key=lambda numbers: numbers["pairs_per_second"]) | {"tried": tried}
 
 
-def trl_training(work: Work, micro_batch: int) -> Numbers:
-    """Steps of TRL's DPOTrainer on the same pairs, its reference log-probabilities given."""
+def trl_training(work: Workload, micro_batch: int) -> Numbers:
+    """Train with TRL's DPOTrainer on the same pairs, with precomputed ``ref_logps``."""
     import datasets
     import peft
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
@@ -157,7 +160,7 @@ def trl_training(work: Work, micro_batch: int) -> Numbers:
 
 
 def trl_rows(items: list[Item]) -> list[dict[str, Any]]:
-    """Pairs in TRL's conversational form."""
+    """Pairs in TRL's conversational format."""
     return [
         {
             "prompt": list(item.prompt),
@@ -169,22 +172,22 @@ def trl_rows(items: list[Item]) -> list[dict[str, Any]]:
 
 
 def clock() -> float:
-    """Now, when the device is done with all it was given."""
+    """The time at which the device has finished all its work."""
     wait(Workers.start().device)
     return time.perf_counter()
 
 
-def ours_scoring(work: Work, tokens: int) -> Numbers:
-    """Scores of a reference."""
+def ours_scoring(work: Workload, tokens: int) -> Numbers:
+    """Score with this project, without gradients."""
     device = Workers.start().device
     policy = work.policy(lora=False)
     scorer = ReplyScorer(policy.load(device))
     _, rows = work.pairs()
-    scorer.check_packing(scorer.typical(rows))
     return score(scorer, rows, work, tokens) | {"packs": scorer.packs}
 
 
-def score(scorer: ReplyScorer, rows: Rows, work: Work, tokens: int) -> Numbers:
+def score(scorer: ReplyScorer, rows: Rows, work: Workload, tokens: int) -> Numbers:
+    """Time ``ReplyScorer.score``."""
     found: list[Scores] = []
 
     def step(number: int) -> None:
@@ -198,8 +201,8 @@ def score(scorer: ReplyScorer, rows: Rows, work: Work, tokens: int) -> Numbers:
     }
 
 
-def plain_scoring(work: Work, tokens: int) -> Numbers:
-    """transformers in batches of rows of like length, whole logits: what one writes first."""
+def plain_scoring(work: Workload, tokens: int) -> Numbers:
+    """Score with plain transformers: whole logits, batches of rows of similar length."""
     from transformers import AutoModelForCausalLM
 
     device = Workers.start().device
@@ -222,13 +225,14 @@ def plain_scoring(work: Work, tokens: int) -> Numbers:
         return batches([row for pair in part(pairs, work, number) for row in pair], dtype)
 
     seconds = timed(step, work.steps, device)
-    # torch's softmax in float32 is off by 1e-5 nats a token: fast enough, but nothing to compare
-    # with. What is compared is not timed.
+    # Numbers are compared with a softmax in float64, which is not timed: torch's softmax in float32
+    # is off by 1e-5 nats per token.
     exact = torch.cat([step(number, torch.float64) for number in range(work.steps + 1)])
     return rate(work, seconds) | {"logps": exact.view(-1, 2).tolist()}
 
 
 def plain_logps(model: Any, rows: list[TokenRow], dtype: torch.dtype) -> torch.Tensor:
+    """Log-probability of each row's reply in nats, with the softmax in ``dtype``."""
     width = max(len(row.ids) for row in rows)
     ids = torch.zeros(len(rows), width, dtype=torch.int64)
     mask = torch.zeros_like(ids)
@@ -244,8 +248,8 @@ def plain_logps(model: Any, rows: list[TokenRow], dtype: torch.dtype) -> torch.T
     return sums
 
 
-def trl_scoring(work: Work, micro_batch: int) -> Numbers:
-    """TRL's own precomputation of reference log-probabilities, as its trainer calls it."""
+def trl_scoring(work: Workload, micro_batch: int) -> Numbers:
+    """Score with TRL's precomputation of ``ref_logps``, as its trainer calls it."""
     import datasets
     from torch.utils.data import DataLoader
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -283,22 +287,25 @@ def trl_scoring(work: Work, micro_batch: int) -> Numbers:
     return rate(work, seconds) | {"logps": torch.cat(found).tolist()}
 
 
-def part(rows: list[Any], work: Work, number: int) -> list[Any]:
+def part(rows: list[Any], work: Workload, number: int) -> list[Any]:
+    """The rows of a step."""
     return rows[number * work.batch : (number + 1) * work.batch]
 
 
-def rate(work: Work, seconds: list[float]) -> Numbers:
+def rate(work: Workload, seconds: list[float]) -> Numbers:
+    """Pairs per second from the seconds of each step."""
     return {
         "pairs_per_second": work.batch / statistics.median(seconds),
         "seconds": seconds,
     }
 
 
-def peak(work: Work, _: int) -> Numbers:
+def peak(work: Workload, _: int) -> Numbers:
+    """Operations per second of large matrix products."""
     return {"flops_per_second": matmul_peak(DTYPES[work.dtype], Workers.start().device)}
 
 
-CONTESTANTS = {
+MEASUREMENTS = {
     "ours_training": ours_training,
     "ours_best": ours_best,
     "trl_training": trl_training,
@@ -310,11 +317,11 @@ CONTESTANTS = {
 
 
 def main() -> None:
-    who, size, work = sys.argv[1], int(sys.argv[2]), Work(**json.loads(sys.argv[3]))
+    name, size, work = sys.argv[1], int(sys.argv[2]), Workload(**json.loads(sys.argv[3]))
     torch.set_num_threads(work.threads)
     torch.manual_seed(0)
     try:
-        numbers = CONTESTANTS[who](work, size)
+        numbers = MEASUREMENTS[name](work, size)
     except torch.OutOfMemoryError:
         numbers = OUT_OF_MEMORY
     print(json.dumps(numbers | {"peak_gib": peak_gib()}))
