@@ -54,6 +54,14 @@ class TestItems:
         assert math.isnan(item.ratings["x"][0])
         assert item.ratings["x"][1] == 1.5
 
+    def test_aspects_are_kept_in_the_order_of_their_first_appearance(self) -> None:
+        prompt = pair(0).prompt
+        items = Items.from_iterable(
+            Item(prompt, ("a", "b"), dict.fromkeys(aspects, (1.0, 2.0)))
+            for aspects in ("", "ba", "cb")
+        )
+        assert items.aspects == items[:1].aspects == ("b", "a", "c")
+
     def test_some_of_them(self) -> None:
         given = [pair(i, *"abc"[: 1 + i % 3]) for i in range(9)]
         items = Items.from_iterable(given)
