@@ -27,7 +27,7 @@ def progress(total: int, doing: str, unit: str, **options: Any) -> "tqdm[Any]":
 
 
 def quiet_libraries() -> None:
-    """Silence messages that users can do nothing about. Call this before importing the libraries."""
+    """Silence messages that users can do nothing about. Call this before importing libraries."""
     # It looks for an optional kernel on the hub when imported, and falls back to its own.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     # peft uses the name that this attribute had before transformers 5.
