@@ -27,7 +27,8 @@ from mrpo_lab.runs.folder import Run
 from mrpo_lab.runs.tracking import LocalTracker
 from mrpo_lab.seeding import Seeds
 from mrpo_lab.training.config import TrainConfig
-from mrpo_lab.training.evaluation import Data
+from mrpo_lab.training.inputs import Data, PolicyTokens
+from mrpo_lab.training.recorder import Recorder
 from mrpo_lab.training.trainer import Trainer
 from mrpo_lab.training.workers import Workers
 
@@ -61,32 +62,41 @@ def trainer_of(
         train, val, test = np.split(train, [len(rows) - sum(splits), len(rows) - splits[1]])
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(
-            config,
-            policy,
-            Data(
-                tokenize=lambda chosen, _: [rows[i] for i in chosen],
+            config=config,
+            policy=policy,
+            data=Data(
+                items=(),
+                tokens=GivenTokens(rows),
                 refs=refs,
                 labels=Labels.of_pairs(len(rows)),
                 slugs=[f"reference-{k}" for k in range(refs.sums.shape[1])],
-                names=str,
                 fingerprint="",
                 ids=np.zeros((len(rows), 2), dtype="S16"),
                 train=train,
                 val=val,
                 test=test,
             ),
-            loss,
-            weighting,
-            FixedLambda(),
-            lambda parameters: torch.optim.AdamW(parameters, lr=1e-4),
-            Seeds(0),
-            Workers.start(),
-            Run(Path(folder), "bench", {}),
-            LocalTracker(),
+            loss=loss,
+            weighting=weighting,
+            sampler=FixedLambda(),
+            optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1e-4),
+            seeds=Seeds(0),
+            workers=Workers.start(),
+            recorder=Recorder(Run(Path(folder), "bench", {}), LocalTracker(), {}, active=True),
         )
         policy.scorer.check_packing(policy.scorer.typical(rows))
-        trainer.start({})
+        trainer.start()
         yield trainer
+
+
+class GivenTokens(PolicyTokens):
+    """Token rows that are given instead of made from texts."""
+
+    def __init__(self, given: list[tuple[TokenRow, ...]]) -> None:
+        self.conditioned, self._given = False, given
+
+    def rows(self, indices: Sequence[int], lambda_: torch.Tensor) -> list[tuple[TokenRow, ...]]:
+        return [self._given[i] for i in indices]
 
 
 class Clock:

@@ -34,7 +34,7 @@ from mrpo_lab.experiment import Experiment
 from mrpo_lab.models.policy import Policy
 from mrpo_lab.models.references import SHARD_ROWS, ReferenceSet
 from mrpo_lab.objective.losses import PreferenceLoss, ctro, logistic, mrpo
-from mrpo_lab.objective.scores import Scores
+from mrpo_lab.objective.scores import Scores, chosen_first
 from mrpo_lab.objective.weighting import ARWC, SWCW, TSW, Context, Weighting
 from mrpo_lab.progress import quiet_libraries
 from mrpo_lab.storage import cache
@@ -107,18 +107,20 @@ def small_steps(weighting: Callable[[], Weighting], batch: int, steps: int = 30)
             with trainer_of(
                 policy, [replies] * batch, refs, numbers, weighting(), DEAREST
             ) as trainer:
-                trainer.run.folder.mkdir(exist_ok=True)
+                trainer.recorder.run.folder.mkdir(exist_ok=True)
                 trainer.weighting.start(no_probe(trainer.data.slugs, refs))
                 for _ in range(steps):
                     began = time.perf_counter()
-                    trainer.record(trainer.train_step(pairs))
+                    trainer.recorder.log(trainer.state.step, trainer.train_step(pairs))
                     times.append(time.perf_counter() - began)
     return [statistics.median(times) for times in seconds.values()]
 
 
 def no_probe(slugs: list[str], val: Scores) -> Context:
     rng = np.random.default_rng(0)
-    return Context(slugs, val, lambda *subsets: rng.random(len(subsets)).tolist(), rng)
+    return Context(
+        slugs, val, chosen_first(len(val)), lambda *subsets: rng.random(len(subsets)).tolist(), rng
+    )
 
 
 # --- A trial of the protocol ----------------------------------------------------------------------

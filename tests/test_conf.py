@@ -23,6 +23,7 @@ from mrpo_lab.errors import UserError
 from mrpo_lab.experiment import Experiment
 from mrpo_lab.runs.folder import Run
 from mrpo_lab.runs.naming import run_name
+from mrpo_lab.training.recorder import Recorder
 from mrpo_lab.training.trainer import Trainer
 from mrpo_lab.training.workers import Workers
 
@@ -216,21 +217,20 @@ class World:
     def trainer(self, weighting: Any) -> Trainer:
         self.policy.model.load_state_dict(self.initial, strict=False)
         it = self.experiment
-        run = Run(self.folder, "run", {})
+        recorder = Recorder(Run(self.folder, "run", {}), it.tracker, {}, active=True)
         trainer = Trainer(
-            it.config,
-            self.policy,
-            self.data,
-            it.loss,
-            weighting,
-            it.sampler,
-            it.optimizer,
-            it.seeds,
-            it.workers,
-            run,
-            it.tracker,
+            config=it.config,
+            policy=self.policy,
+            data=self.data,
+            loss=it.loss,
+            weighting=weighting,
+            sampler=it.sampler,
+            optimizer=it.optimizer,
+            seeds=it.seeds,
+            workers=it.workers,
+            recorder=recorder,
         )
-        trainer.start({})
+        trainer.start()
         return trainer
 
 

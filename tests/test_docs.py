@@ -24,7 +24,7 @@ from mrpo_lab.data.dataset import Dataset
 from mrpo_lab.data.rows import read_rows
 from mrpo_lab.merging import __main__ as merging
 from mrpo_lab.objective import losses
-from mrpo_lab.objective.scores import Scores
+from mrpo_lab.objective.scores import Scores, chosen_first
 from mrpo_lab.objective.weighting import Context
 from mrpo_lab.objective.weighting.offline import Offline
 from mrpo_lab.report import __main__ as report
@@ -170,10 +170,12 @@ class TestExtending:
     def test_weighting(self) -> None:
         sums = torch.tensor([[[-1.0, -2.0], [-1.0, -4.0]], [[-2.0, -1.0], [-9.0, -4.0]]]).double()
         val = Scores(sums, torch.ones_like(sums, dtype=torch.int64))
-        context = Context(["a", "b"], val, lambda *subsets: [0.0], np.random.default_rng(0))
+        context = Context(
+            ["a", "b"], val, chosen_first(2), lambda *subsets: [0.0], np.random.default_rng(0)
+        )
         weighting = self.names["Sharpest"]()  # type: ignore[operator]
         weighting.start(context)
-        assert weighting.proportions(val).tolist() == [[0.0, 1.0]]
+        assert weighting.proportions(val, chosen_first(2)).tolist() == [[0.0, 1.0]]
 
     def test_dataset(self, tmp_path: Path) -> None:
         file = tmp_path / "rows.jsonl"

@@ -23,7 +23,7 @@ from mrpo_lab.errors import UserError
 from mrpo_lab.models import gate, references
 from mrpo_lab.models.gate import OUTLIER, Finding, check_guess, check_outliers, check_scoring
 from mrpo_lab.models.references import Reference, ReferenceSet
-from mrpo_lab.objective.scores import Scores
+from mrpo_lab.objective.scores import Scores, chosen_first
 from mrpo_lab.scoring.scorer import ReplyScorer, Side, collate
 from mrpo_lab.storage.tables import Table
 
@@ -280,4 +280,4 @@ class TestReferenceSet:
             scores = self.scores(ReferenceSet(**three))
         assert not caplog.records
         assert isinstance(ReferenceSet(**three).all[0].table(), Table)
-        assert scores.accuracy().shape == (3,)
+        assert scores.accuracy(chosen_first(len(scores))).shape == (3,)

@@ -146,14 +146,14 @@ class TestToldLambda:
         prepared = experiment.prepare()
         data = experiment.data(prepared)
         tokenizer = experiment.model.tokenization.format.tokenizer
-        (told,) = data.tokens([3], torch.tensor([0.25, 0.75]).double())
+        (told,) = data.tokens.rows([3], torch.tensor([0.25, 0.75]).double())
         for row in told:
             text = tokenizer.decode(row.ids)
             assert "honest 0.75, kind 0.25" in text
             assert prepared.items[3].prompt[0]["content"] in text
         plain = Experiment.build(compose(*lists), Workers.start()).data(prepared)
         assert torch.equal(plain.refs.sums, data.refs.sums)
-        (untold,) = plain.tokens([3], torch.ones(2))
+        (untold,) = plain.tokens.rows([3], torch.ones(2))
         assert "kind" not in tokenizer.decode(untold[0].ids)
         replies = [row.ids[row.start :].tolist() for row in told]
         assert replies == [row.ids[row.start :].tolist() for row in untold]

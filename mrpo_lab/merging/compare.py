@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +83,7 @@ def compare(told: Finished, alone: Mapping[str, Finished]) -> list[dict[str, Any
     experiment = Experiment.build(cfg, Workers.start())
     prepared = experiment.prepare()
     # Merged policies were trained on one aspect each, and are not told lambda.
-    data = replace(experiment.data(prepared), tokenize=experiment.untold(prepared), told=False)
+    data = experiment.data(prepared, conditioned=False)
     aspects = data.labels.aspects
     points = experiment.sampler.points(aspects)
     rows: list[dict[str, Any]] = pq.read_table(told.folder / "trade_off.parquet").to_pylist()

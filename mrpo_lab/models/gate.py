@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from mrpo_lab.data.texts import TokenRow
-from mrpo_lab.objective.scores import Scores
+from mrpo_lab.objective.scores import Scores, chosen_first
 from mrpo_lab.scoring.scorer import ReplyScorer, difference
 
 SAMPLE = 8
@@ -91,7 +91,10 @@ def check_outliers(scores: Mapping[str, Scores], characters: int) -> list[Findin
         return []
     findings = []
     per_character = {s: float(-t.sums.sum()) / characters for s, t in scores.items()}
-    margins = {slug: float(table.margins().abs().mean()) for slug, table in scores.items()}
+    margins = {
+        slug: float(table.margins(chosen_first(*table.sums.shape)).abs().mean())
+        for slug, table in scores.items()
+    }
     for what, values in (("nats per character", per_character), ("mean |margin|", margins)):
         for slug, value in values.items():
             median = float(np.median([other for name, other in values.items() if name != slug]))

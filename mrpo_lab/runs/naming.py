@@ -17,21 +17,26 @@ CELL = {
     "lambda": "fixed",
     "reference_set": "",
 }
-"""Groups that one part of a run's name is made of, with the options that go without saying."""
+"""Config groups that make up the method part of a run's name, and the option of each that is left
+out of it."""
 NAMED = {"dataset", "model", *CELL, "seed", "experiment", "sweep"}
-"""Groups with a place in the name; an experiment and a sweep bring a name of their own."""
+"""Config groups that have a place in the name; an experiment or a sweep sets ``name`` itself."""
 
 
 def run_name(name: str, choices: Mapping[str, str | None], overrides: Sequence[str]) -> str:
-    """``name/dataset/model/loss-weighting-references/seed``, with what else was chosen.
+    """Name of a run, ``name/dataset/model/loss-weighting-references/seed``.
 
-    ``choices``: option of each config group. ``overrides``: the command line's, as Hydra has them.
+    Other overrides that can change a number are appended to the seed.
+
+    Args:
+        choices: the chosen option of each config group.
+        overrides: the command line's overrides, as Hydra has them.
     """
-    # A group taken away, as by ~loss, is refused when it is built.
+    # A group that was removed, as by ~loss, is refused when it is built.
     chosen = defaultdict(str, {group: str(option) for group, option in choices.items() if option})
     cell = "-".join(chosen[g] for g, silent in CELL.items() if chosen[g] not in ("", silent))
     values = {}
-    for override in overrides:  # the last word on a key counts
+    for override in overrides:  # the last override of a key counts
         key, _, value = override.lstrip("+~").partition("=")
         if key not in NAMED and not key.startswith((*NO_CHANGE, "hydra")):
             values[key] = value
@@ -41,7 +46,7 @@ def run_name(name: str, choices: Mapping[str, str | None], overrides: Sequence[s
 
 
 def _file_name(text: str) -> str:
-    """``text`` fit for a folder's name: unusual characters and long texts end in a hash."""
+    """``text`` as a folder name: one that is long or has unusual characters ends in a hash."""
     plain = re.sub(r"[^\w.,=+-]+", "-", text)
     if plain == text and len(text) <= 80:
         return text

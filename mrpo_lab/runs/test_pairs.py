@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mrpo_lab.objective.losses import PreferenceLoss
-from mrpo_lab.objective.scores import Scores
+from mrpo_lab.objective.scores import Scores, contrast
 from mrpo_lab.storage.files import write_parquet
 
 
@@ -22,12 +22,13 @@ def pair_names(ids: np.ndarray) -> list[str]:
     return [hashlib.blake2b(row.tobytes(), digest_size=8).hexdigest() for row in ids]
 
 
-def reference_weights(loss: PreferenceLoss, policy: Scores, refs: Scores) -> Tensor:
-    """(B, K): the weight of each pair's gradient, were one reference alone to decide it."""
+def reference_weights(loss: PreferenceLoss, policy: Scores, refs: Scores, target: Tensor) -> Tensor:
+    """Weight (B, K) of each pair's gradient if one reference alone decided it."""
     rows, num_refs = refs.sums.shape[:2]
     one_hot = F.one_hot(torch.arange(num_refs), num_refs).to(refs.sums)
     return torch.stack(
-        [loss.pair_weights(policy, refs, alpha.expand(rows, -1)) for alpha in one_hot], dim=1
+        [loss.pair_weights(policy, refs, alpha.expand(rows, -1), target) for alpha in one_hot],
+        dim=1,
     )
 
 
@@ -38,6 +39,7 @@ def write_test_pairs(
     refs: Scores,
     before: Scores,
     after: Scores,
+    target: Tensor,
     loss: PreferenceLoss,
 ) -> None:
     """A row a test pair. Margins are in nats per token; ``tokens`` is chosen minus rejected reply;
@@ -48,11 +50,11 @@ def write_test_pairs(
     """
     columns: dict[str, object] = {
         "pair": pair_names(ids),
-        "margin_before": before.margins().numpy(),
-        "margin": after.margins().numpy(),
+        "margin_before": before.margins(target).numpy(),
+        "margin": after.margins(target).numpy(),
     }
-    margins, weights = refs.margins(), reference_weights(loss, after, refs)
-    tokens = (refs.contrast.unsqueeze(1) * refs.counts).sum(-1)
+    margins, weights = refs.margins(target), reference_weights(loss, after, refs, target)
+    tokens = (contrast(target, refs.present).unsqueeze(1) * refs.counts).sum(-1)
     for k, slug in enumerate(slugs):
         columns[f"margin/{slug}"] = margins[:, k].numpy()
         columns[f"weight/{slug}"] = weights[:, k].numpy()
