@@ -17,17 +17,17 @@ import mrpo_lab
 from mrpo_lab.errors import UserError, first_line
 
 ALLOWED = ("mrpo_lab.", "torch.optim.", "bitsandbytes.optim.")
-"""Packages that a ``_target_`` may name: a configuration file must not run arbitrary code."""
+"""Packages that a ``_target_`` may name: a configuration must not be able to run anything else."""
 RESERVED = {"_target_", "_partial_", "_convert_", "_recursive_", "_args_"}
-"""Keys of a node that belong to Hydra."""
 
 
 def use_public_names(cfg: DictConfig | ListConfig) -> None:
-    """Rewrite every ``_target_`` of this project to its public name, in place.
+    """Rewrite each ``_target_`` of this project to its public name, in place.
 
     ``mrpo_lab.losses.mdpo``, as saved before modules moved, becomes ``mrpo_lab.mdpo``. Targets that
     are not public stay as they are.
     """
+
     keys = range(len(cfg)) if isinstance(cfg, ListConfig) else list(cfg)
     for key in keys:
         if OmegaConf.is_missing(cfg, key) or OmegaConf.is_interpolation(cfg, key):
