@@ -7,12 +7,13 @@ import logging
 import math
 import os
 import shutil
-import socket
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
+
+from mrpo_lab.storage.network import connection_error
 
 logger = logging.getLogger(__name__)
 
@@ -136,10 +137,7 @@ def wandb_mode() -> tuple[Any, str]:
         return mode, f"WANDB_MODE is {mode}"
     if not wandb.setup().settings.api_key:
         return "offline", "no API key (wandb login)"
-    server = urlsplit(str(wandb.setup().settings.base_url))
-    port = server.port or {"http": 80}.get(server.scheme, 443)
-    try:
-        socket.create_connection((server.hostname or "", port), timeout=5).close()
-    except OSError:
-        return "offline", f"{server.hostname} cannot be reached"
+    server = str(wandb.setup().settings.base_url)
+    if connection_error(server):
+        return "offline", f"{urlsplit(server).hostname} cannot be reached"
     return "online", ""
