@@ -51,7 +51,7 @@ class RunView:
     @property
     def name(self) -> str:
         """``NAME/dataset/model/cell/seed``, or the folder's own name if it was moved."""
-        return name_of_folder(self.folder, self.config)
+        return name_of_folder(self.folder.absolute(), self.config)
 
     @cached_property
     def outcome(self) -> dict[str, Any]:
