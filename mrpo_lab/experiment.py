@@ -25,7 +25,7 @@ from mrpo_lab.objective.losses import PreferenceLoss
 from mrpo_lab.objective.scores import Scores
 from mrpo_lab.objective.weighting import Weighting
 from mrpo_lab.runs.folder import Run
-from mrpo_lab.runs.summary import summary
+from mrpo_lab.runs.summary import print_summary
 from mrpo_lab.runs.tracking import LocalTracker, Tracker
 from mrpo_lab.seeding import Seeds
 from mrpo_lab.storage.hub import NotAtHandError, missing
@@ -54,7 +54,7 @@ def run_experiment(
     resolved = configs.check(cfg)
     run = Run.open(Path(cfg.outputs), name, resolved)
     if run.result:
-        print(summary(run.folder, run.result), flush=True)
+        print_summary(run.folder, run.result)
         return run.result
     workers = Workers.start()
     with run.locked() if workers.is_main else nullcontext():
@@ -63,7 +63,7 @@ def run_experiment(
         result = experiment.train(recorder, interruption)
         workers.wait()
     if workers.is_main:
-        print(summary(run.folder, result), flush=True)
+        print_summary(run.folder, result)
     return result
 
 

@@ -219,9 +219,9 @@ class TestMerging:
 
         assert report.main([str(tmp_path), "--out", str(tmp_path / "report")]) == 0
         table = (tmp_path / "report" / "tables" / "trade-off.csv").read_text()
-        for policy in ("base", "told lambda", "not told", "merged", "kind alone"):
+        for policy in ("base", "conditioned", "unconditioned", "merged", "kind alone"):
             assert f",{policy}," in table
-        assert "λ dirichlet concentration=1.0, told" in table
+        assert "λ dirichlet concentration=1.0, conditioned" in table
         assert len(list((tmp_path / "report" / "figures").glob("*trade-off-*.pdf"))) == 4
 
     def test_what_does_not_belong_together_is_refused(
@@ -229,7 +229,7 @@ class TestMerging:
     ) -> None:
         told, kind, honest = map(str, runs)
         for arguments, message in (
-            ([kind, kind, honest], "this policy was not told lambda"),
+            ([kind, kind, honest], "this policy is not conditioned on lambda"),
             ([told, kind], "no run was given that was trained on honest alone"),
             ([told, told, honest], "not trained on one aspect alone"),
             ([str(Path(told).parent), kind], "no run; a run is a folder with config.yaml"),

@@ -28,7 +28,7 @@ from transformers import (
 from whole_logits import VOCABULARY, gradient, slow_score, weighted
 
 from mrpo_lab.data.texts import Replies, TokenRow
-from mrpo_lab.merging.compare import merged_policy
+from mrpo_lab.merging.merged_policies import load_adapters
 from mrpo_lab.models.policy import PolicyConfig
 from mrpo_lab.scoring import attention
 from mrpo_lab.scoring import scorer as scoring
@@ -309,7 +309,7 @@ class TestFirstUse:
             policy.model.save_pretrained(adapters[aspect])  # type: ignore[operator]
         experiment: Any = SimpleNamespace(model=source, workers=SimpleNamespace(device=CPU))
         source.__dict__["tokenization"] = None  # there are no texts
-        policy = merged_policy(experiment, adapters)
+        policy = load_adapters(experiment, adapters)
         model: Any = policy.model
         model.add_weighted_adapter(list(adapters), [0.4, 0.6], "both", combination_type="linear")
         model.set_adapter("both")
