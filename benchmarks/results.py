@@ -16,8 +16,9 @@ from typing import Any
 
 import torch
 from rich import box
-from rich.console import Console
 from rich.table import Table
+
+from mrpo_lab.console import show
 
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "trl")
 
@@ -81,9 +82,7 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
             print(", ".join(filter(None, row)), file=sys.stderr, flush=True)
             table.add_row(*row)
     finally:
-        console = Console(markup=False, highlight=False)
-        # A line of Markdown must not be wrapped. The table takes no more width than it needs.
-        console.print(table, width=None if console.is_terminal else 1000)
+        show(table)
 
 
 def surroundings() -> dict[str, Any]:
