@@ -141,7 +141,7 @@ class TestSevenHabits:
         folded = fold_system((system("s"), user("a"), assistant("b")))
         assert folded == (user("s\n\na"), assistant("b"))
 
-    def test_a_prompt_that_the_template_refuses_is_none_its_neighbours_are_not(
+    def test_a_prompt_that_the_template_refuses_is_none_its_neighbors_are_not(
         self, formats: dict[str, ChatFormat]
     ) -> None:
         twice = Item((user("a"), user("b")), ("c", "d"))

@@ -232,7 +232,7 @@ def reply_logps(model: Any, tokenizer: Any, prompt: str, replies: list[str]) -> 
 
 @pytest.fixture(scope="module")
 def scores(tiny7_dir: Path, tokenizers: dict[str, Any]) -> Iterator[dict[str, tuple[float, float]]]:
-    """Of each model: nats per reply token, and length-normalised preference accuracy."""
+    """Of each model: nats per reply token, and length-normalized preference accuracy."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # see tiny7._one_thread
     rows = list(synthetic_rows(150, seed=99))

@@ -42,7 +42,7 @@ def test_index_order_matters() -> None:
 
 
 def test_streams_are_not_correlated() -> None:
-    """Neighbouring roots, names and indices: 1,000 numbers have correlations of about 0.03."""
+    """Neighboring roots, names and indices: 1,000 numbers have correlations of about 0.03."""
     seeds = Seeds(0)
     one = seeds.rng("order", 0).standard_normal(1000)
     for other in (Seeds(1).rng("order", 0), seeds.rng("order", 1), seeds.rng("orders", 0)):
