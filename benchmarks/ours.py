@@ -1,4 +1,4 @@
-"""This project, run and measured from outside."""
+"""This project's trainer without a configuration, and a clock for its functions."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from omegaconf import DictConfig
 
-from benchmarks.work import BETA
+from benchmarks.workload import BETA
 from mrpo_lab.data.texts import TokenRow
 from mrpo_lab.models.policy import Policy
 from mrpo_lab.objective.aspect_weighting import FixedLambda
@@ -37,7 +37,7 @@ DPO = PreferenceLoss(combine=dpo, link=logistic, clip=no_clip, beta=BETA, length
 
 
 def compose(overrides: Sequence[str]) -> DictConfig:
-    """What ``train.py OVERRIDE ...`` would run."""
+    """The configuration that ``train.py OVERRIDE ...`` would run."""
     with hydra.initialize_config_dir(CONF, version_base="1.3"):
         return hydra.compose("config", overrides=list(overrides))
 
@@ -52,10 +52,13 @@ def trainer_of(
     loss: PreferenceLoss = DPO,
     splits: tuple[int, int] | None = None,
 ) -> Iterator[Trainer]:
-    """A trainer in a folder that is thrown away, without a configuration.
+    """A trainer ready for its first step, in a temporary folder.
 
-    ``refs``: (N, K, R). ``splits``: numbers of val and test pairs, the last of ``rows``; all pairs
-    are in every split without it.
+    Args:
+        rows: token rows of N pairs.
+        refs: reference scores (N, K, 2).
+        splits: numbers of validation and test pairs, which are the last of ``rows``; None puts all
+            pairs into every split.
     """
     train = val = test = np.arange(len(rows))
     if splits:
@@ -84,7 +87,6 @@ def trainer_of(
             workers=Workers.start(),
             recorder=Recorder(Run(Path(folder), "bench", {}), LocalTracker(), {}, active=True),
         )
-        policy.scorer.check_packing(policy.scorer.typical(rows))
         trainer.start()
         yield trainer
 
@@ -100,14 +102,14 @@ class GivenTokens(PolicyTokens):
 
 
 class Clock:
-    """Seconds spent in functions that are measured from outside, by name."""
+    """Seconds spent in functions, and how often they were called, by name of the function."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
         self.calls: dict[str, int] = {}
 
     def watch(self, owner: Any, name: str) -> None:
-        """Count the calls of ``owner.name`` from now on, and the time they take."""
+        """Measure all calls of ``owner.name`` from now on."""
         real = getattr(owner, name)
         self.seconds[name], self.calls[name] = 0.0, 0
 

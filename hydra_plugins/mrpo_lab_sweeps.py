@@ -1,4 +1,8 @@
-"""What Hydra calls for ``-m``. It looks for plugins in this namespace alone; see ``launchers/``."""
+"""Hydra plugins for ``-m``: a sweeper, and launchers that hand runs to ``launchers/``.
+
+Hydra looks for plugins in this namespace and imports them at every command, ``-m`` or not. What
+only sweeps need is therefore imported in the methods.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +22,8 @@ from mrpo_lab.errors import UserError
 
 
 @contextmanager
-def said() -> Iterator[None]:
-    """Print what the user can mend; Hydra's caller then only ends."""
+def print_user_error() -> Iterator[None]:
+    """Print a ``UserError`` and raise it again; ``run_cli`` then only sets the exit code."""
     try:
         yield
     except UserError as error:
@@ -27,11 +31,11 @@ def said() -> Iterator[None]:
         raise
 
 
-class RectangleSweeper(Sweeper):
-    """Runs the products of ``conf/sweep``'s rectangles, which the command line may narrow."""
+class GridSweeper(Sweeper):
+    """Runs all combinations of each grid in ``conf/sweep``, narrowed by the command line."""
 
-    def __init__(self, rectangles: Mapping[str, Mapping[str, str]]) -> None:
-        self.rectangles = rectangles
+    def __init__(self, grids: Mapping[str, Mapping[str, str]]) -> None:
+        self.grids = grids
 
     def setup(
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
@@ -39,23 +43,23 @@ class RectangleSweeper(Sweeper):
         from hydra.core.plugins import Plugins
 
         self.loader = hydra_context.config_loader
-        self.chosen = Plugins.instance().instantiate_launcher(
+        self.chosen_launcher = Plugins.instance().instantiate_launcher(
             hydra_context=hydra_context, task_function=task_function, config=config
         )
 
     def sweep(self, arguments: list[str]) -> Any:
-        from launchers.rectangles import expand
+        from launchers.grid import expand
 
-        with said():
-            runs = expand(self.rectangles, arguments, self.loader)
-        returned = self.chosen.launch(runs, 0)
+        with print_user_error():
+            runs = expand(self.grids, arguments, self.loader)
+        returned = self.chosen_launcher.launch(runs, 0)
         for run in returned:
             _ = run.return_value  # raises what the run raised
         return [returned]
 
 
 class _DispatchLauncher(Launcher):
-    """Hands a sweep to a cluster; ``settings`` are the profile's keys."""
+    """Hands a sweep to a cluster; ``settings`` are the keys of the profile."""
 
     cluster: str
 
@@ -76,7 +80,7 @@ class _DispatchLauncher(Launcher):
         config = self.config
         profile = OmegaConf.to_container(OmegaConf.create(self.profile), resolve=True)
         assert isinstance(profile, dict)
-        with said():
+        with print_user_error():
             launch(
                 name=str(config.hydra.runtime.choices.get("sweep") or config.name),
                 outputs=Path(config.outputs),
@@ -88,8 +92,12 @@ class _DispatchLauncher(Launcher):
 
 
 class SlurmLauncher(_DispatchLauncher):
+    """Runs a sweep on SLURM."""
+
     cluster = "slurm"
 
 
 class LocalLauncher(_DispatchLauncher):
+    """Runs a sweep on this machine, in the background."""
+
     cluster = "local"

@@ -7,78 +7,81 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from launchers.cluster import build, cancel, queue
 from launchers.dispatch import submit_missing
 from launchers.gather import gather
 from launchers.logs import show_log
-from launchers.sweep import Sweep, by_gift, dispatching, sweeps
+from launchers.profiles import build_cluster
+from launchers.queues import cancel, queue
+from launchers.sweep import Sweep, dispatch_lock, find_sweeps
 from launchers.sync import sync
-from launchers.watching import of_sweep, status_lines, watch
-from mrpo_lab.cli import near
+from launchers.watching import show_status, watch
+from mrpo_lab.cli import exit_on_user_error, near
+from mrpo_lab.console import show
 from mrpo_lab.errors import UserError
+from mrpo_lab.wording import format_count
 
 Verb = Callable[[argparse.Namespace], int]
-"""Its exit code."""
+"""A function of the parsed arguments that returns an exit code."""
 
 
-def chosen(args: argparse.Namespace) -> list[Sweep]:
-    """The sweep that is named, or all."""
-    there = sweeps(args.outputs)
-    if not there:
+def chosen_sweeps(args: argparse.Namespace) -> list[Sweep]:
+    """The sweep that is named, or all of them."""
+    found = find_sweeps(args.outputs)
+    if not found:
         raise UserError(f"there is no sweep in {args.outputs}; --outputs=FOLDER looks elsewhere")
     if args.sweep is None:
-        return there
-    found = [sweep for sweep in there if sweep.name == args.sweep]
-    if not found:
-        options = [sweep.name for sweep in there]
+        return found
+    named = [sweep for sweep in found if sweep.name == args.sweep]
+    if not named:
+        options = [sweep.name for sweep in found]
         raise UserError(f"{args.sweep}: no such sweep{near(args.sweep, options)}")
-    return found
+    return named
 
 
-def the_one(args: argparse.Namespace) -> Sweep:
+def only_sweep(args: argparse.Namespace) -> Sweep:
     """The sweep that is named, or the only one."""
-    found = chosen(args)
+    found = chosen_sweeps(args)
     if len(found) > 1:
         raise UserError(f"which sweep? {', '.join(sweep.name for sweep in found)}")
     return found[0]
 
 
 def status(args: argparse.Namespace) -> int:
-    for sweep in chosen(args):
-        live = of_sweep(sweep)
-        print("\n".join(status_lines(sweep, sweep.standings(by_gift(live)), live)))
+    for sweep in chosen_sweeps(args):
+        show_status(sweep)
     return 0
 
 
 def wait(args: argparse.Namespace) -> int:
-    done = [watch(sweep) for sweep in chosen(args)]
-    return 0 if all(done) else 1
+    finished = [watch(sweep) for sweep in chosen_sweeps(args)]
+    return 0 if all(finished) else 1
 
 
 def retry(args: argparse.Namespace) -> int:
-    sweep = the_one(args)
-    with dispatching(sweep.outputs):
+    sweep = only_sweep(args)
+    with dispatch_lock(sweep.outputs):
         plan = sweep.plan
-        submit_missing(sweep, build(plan.profile), list(plan.runs))
+        submit_missing(sweep, build_cluster(plan.profile), list(plan.runs))
     return 0
 
 
 def stop(args: argparse.Namespace) -> int:
-    sweep = the_one(args)
-    own = [job for job in queue(sweep.outputs) if sweep.submitted(job)]
+    sweep = only_sweep(args)
+    own = [job for job in queue(sweep.outputs) if sweep.owns(job)]
     cancel(own)
-    print(f"{sweep.name}: {len(own)} jobs cancelled; the same command, or retry, goes on")
+    jobs = format_count(len(own), "job")
+    show(f"{sweep.name}: {jobs} cancelled; the same command, or retry, goes on")
     return 0
 
 
 def logs(args: argparse.Namespace) -> int:
-    print(show_log(sweeps(args.outputs), args.run, args.lines))
+    print(show_log(find_sweeps(args.outputs), args.run, args.lines))
     return 0
 
 
 def table(args: argparse.Namespace) -> int:
-    for sweep in chosen(args):
-        print(gather(sweep))
+    for sweep in chosen_sweeps(args):
+        show(gather(sweep))
     return 0
 
 
@@ -91,43 +94,35 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--outputs", type=Path, default=Path("outputs"), help="folder of the runs")
     verbs = top.add_subparsers(required=True, metavar="VERB")
 
-    def verb(name: str, does: Verb, text: str) -> argparse.ArgumentParser:
+    def verb(name: str, function: Verb, text: str) -> argparse.ArgumentParser:
         command = verbs.add_parser(name, help=text, description=text)
-        command.set_defaults(does=does)
+        command.set_defaults(function=function)
         return command
 
-    for name, does, text in (
+    for name, function, text in (
         ("status", status, "how far each sweep is, and what went wrong"),
-        ("wait", wait, "the same, live, until nothing is left; exit code 1 unless all finished"),
+        ("wait", wait, "the same, live, until no job is left; exit code 1 unless all finished"),
         ("retry", retry, "submit the runs that failed or died again"),
-        ("cancel", stop, "take a sweep's jobs out of the queue; running ones save first"),
+        ("cancel", stop, "cancel the jobs of a sweep; running ones save a checkpoint first"),
         ("gather", table, "the results so far, as a table"),
     ):
-        verb(name, does, text).add_argument(
-            "sweep", nargs="?", help="default: all, or the only one"
-        )
-    show = verb("logs", logs, "traceback and last output of a run, or of a reference's scoring")
-    show.add_argument("run", help="its name, or a part that no other has")
-    show.add_argument("-n", "--lines", type=int, default=40, help="of output (40)")
-    send = verb(
-        "sync", upload, "send offline W&B runs to the server; those sent are not sent again"
-    )
-    send.add_argument("--parallel", type=int, default=8, help="at once (8)")
+        command = verb(name, function, text)
+        command.add_argument("sweep", nargs="?", help="default: all, or the only one")
+    log = verb("logs", logs, "traceback and last output of a run, or of a reference's scoring")
+    log.add_argument("run", help="name of the run, or a part that no other name has")
+    log.add_argument("-n", "--lines", type=int, default=40, help="lines of output (40)")
+    send = verb("sync", upload, "send offline W&B runs to the server that were not sent before")
+    send.add_argument("--parallel", type=int, default=8, help="runs at once (8)")
     return top
 
 
-def main() -> None:
+@exit_on_user_error
+def main() -> int:
     args = parser().parse_args()
     args.outputs = args.outputs.resolve()
-    try:
-        code = args.does(args)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        code = 2
-    except KeyboardInterrupt:
-        code = 130
-    sys.exit(code)
+    code: int = args.function(args)
+    return code
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,22 +1,22 @@
-"""Names of runs, and the reference scores they need, from few compositions.
+"""Compose the configurations of a sweep's runs with Hydra.
 
-Hydra takes a tenth of a second to compose a configuration, a sweep has hundreds, and their names
-and references differ in little. Runs whose overrides differ only in what cannot touch either share
-one composition. A job composes its own run whole, and must come to the same name.
+A composition takes Hydra 0.1 s and a sweep has hundreds of runs, so ``Composer`` composes runs that
+differ only in their seed, or in values that cannot change a name or a reference score, once. A job
+composes its own run in full and checks that it has the same name.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
+import hydra
 from hydra.core.config_loader import ConfigLoader
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.object_type import ObjectType
 from hydra.errors import MissingConfigException
 from hydra.types import RunMode
@@ -24,82 +24,65 @@ from omegaconf import DictConfig, OmegaConf
 
 from mrpo_lab.errors import UserError
 from mrpo_lab.runs.naming import run_name
-from mrpo_lab.storage.files import write_whole
 
 SCORED = ("dataset", "model", "reference_set")
-"""Sections of a configuration that decide which texts are scored, and by which models."""
-IDENTITY = ("name", "outputs", "sweep")
-KNOWN = ("hydra", "schema")
-"""Providers of configuration beside our own folder that every process has."""
+"""Sections of a configuration that decide which texts are scored, and by which references."""
+JOBS_HAVE = ("main", "hydra", "schema")
+"""Hydra's names for the sources of configuration that jobs have too: ``conf/`` and Hydra's own."""
 
 
 @dataclass(frozen=True)
 class Composed:
-    """What is kept of a composition."""
+    """What runs with equal overrides, up to the seed and values such as ``loss.beta``, share."""
 
     name: str
-    outputs: str
+    """The key ``name``, the first folder of a run."""
     choices: dict[str, str | None]
+    """The option of every config group."""
     sections: dict[str, Any]
-    """The resolved ``SCORED``."""
+    """The resolved sections ``SCORED``."""
 
 
 class Composer:
-    """Composes from the configuration folder of the command line."""
+    """Composes runs from the configuration folder of a command line."""
 
     def __init__(self, loader: ConfigLoader, master: DictConfig) -> None:
         self._loader = loader
         self._config_name = master.hydra.job.config_name
-        self._hydra = list(master.hydra.overrides.hydra)
-        places = {source.provider: Path(source.path) for source in loader.get_sources()}
-        self.folder = places.pop("main")
-        if others := [str(p) for provider, p in places.items() if provider not in KNOWN]:
-            raise UserError(
-                f"configuration files in {others[0]} would not be there for jobs: put them below "
-                f"{self.folder}"
-            )
+        self._hydra_overrides = list(master.hydra.overrides.hydra)
+        sources = {source.provider: Path(source.path) for source in loader.get_sources()}
+        self.folder = sources["main"]
+        for provider, path in sources.items():
+            if provider not in JOBS_HAVE:
+                raise UserError(
+                    f"configuration files in {path} would not be there for jobs: put them below "
+                    f"{self.folder}"
+                )
         self.digest = digest(self.folder)
-        self._memo: dict[str, Composed] = {}
-        self._inert: dict[str, bool] = {}
-        self._listed: dict[str, list[str]] = {}
-
-    def composed(self, overrides: Sequence[str]) -> Composed:
-        """Of a run; its choices and name are its own, the rest may be of one that differs only in
-        what cannot matter."""
-        key = " ".join(sorted(self._signature(overrides)))
-        if key not in self._memo:
-            self._memo[key] = self._compose(overrides)
-        shared = self._memo[key]
-        own = {
-            group: option
-            for group, option in map(halves, overrides)
-            if self._is_inert(group) and self._has(group, option)
-        }
-        return Composed(shared.name, shared.outputs, {**shared.choices, **own}, shared.sections)
+        self._shared: dict[frozenset[str], Composed] = {}
+        self._options: dict[str, list[str]] = {}
 
     def name(self, overrides: Sequence[str]) -> str:
-        """The folder that ``train.py OVERRIDES`` would use."""
-        composed = self.composed(overrides)
-        return run_name(composed.name, composed.choices, overrides)
+        """The name of the run of ``train.py OVERRIDES``: its folder below ``outputs``."""
+        shared, choices = self._composed(overrides), {}
+        for key, _, value in (override.partition("=") for override in overrides):
+            if key == "seed":
+                self._refuse_unknown_option(key, value)
+                choices[key] = value
+        return run_name(shared.name, {**shared.choices, **choices}, overrides)
 
-    def whole(self, overrides: Sequence[str]) -> dict[str, Any]:
-        """The resolved configuration of a run, as ``train.py`` would see it."""
+    def sections(self, overrides: Sequence[str]) -> dict[str, Any]:
+        """The resolved sections ``SCORED`` of the run."""
+        return self._composed(overrides).sections
+
+    def full_config(self, overrides: Sequence[str]) -> dict[str, Any]:
+        """The whole resolved configuration of the run, as ``train.py`` would see it."""
         resolved = OmegaConf.to_container(without_hydra(self._load(overrides)), resolve=True)
         assert isinstance(resolved, dict)
         return {str(key): value for key, value in resolved.items()}
 
-    def remember(self, file: Path) -> None:
-        """Keep what was composed for the next time, as long as no configuration file changes."""
-        content = {key: vars(composed) for key, composed in self._memo.items()}
-        write_whole(file, json.dumps({"conf": self.digest, "composed": content}).encode())
-
-    def recall(self, file: Path) -> None:
-        known = json.loads(file.read_text()) if file.exists() else {}
-        if known.get("conf") == self.digest:
-            self._memo = {key: Composed(**content) for key, content in known["composed"].items()}
-
     def snapshot(self, folder: Path) -> Path:
-        """A copy of the configuration files: what waits in a queue is what was asked for."""
+        """Copy the configuration files below ``folder``, so that jobs in a queue keep theirs."""
         copy = folder / self.digest
         if not copy.exists():
             draft = folder / f".{self.digest}.tmp"
@@ -108,64 +91,53 @@ class Composer:
             draft.rename(copy)
         return copy
 
-    def _compose(self, overrides: Sequence[str]) -> Composed:
-        cfg = self._load(overrides)
-        sections = {key: _resolved(cfg, key) for key in SCORED if key in cfg}
-        choices = {str(group): option for group, option in cfg.hydra.runtime.choices.items()}
-        return Composed(str(cfg.name), str(cfg.outputs), choices, sections)
+    def _composed(self, overrides: Sequence[str]) -> Composed:
+        alike = frozenset(
+            override if self._matters(override) else override.partition("=")[0]
+            for override in overrides
+        )
+        if alike not in self._shared:
+            cfg = self._load(overrides)
+            sections = {key: _resolved(cfg, key) for key in SCORED if key in cfg}
+            choices = {str(group): option for group, option in cfg.hydra.runtime.choices.items()}
+            self._shared[alike] = Composed(str(cfg.name), choices, sections)
+        return self._shared[alike]
+
+    def _matters(self, override: str) -> bool:
+        """Whether the override's value can change a name's choices or a section of ``SCORED``."""
+        key = override.partition("=")[0].lstrip("+~")
+        if key.partition(".")[0] in (*SCORED, "name", "kernels"):  # kernels enter two sections
+            return True
+        return key != "seed" and bool(self._options_of(key))
 
     def _load(self, overrides: Sequence[str]) -> DictConfig:
         return self._loader.load_configuration(
-            self._config_name, [*self._hydra, *overrides], RunMode.RUN
+            self._config_name, [*self._hydra_overrides, *overrides], RunMode.RUN
         )
 
-    def _signature(self, overrides: Sequence[str]) -> list[str]:
-        """The overrides, without the values that can neither name a run nor choose its texts."""
-        return [
-            override if self._matters(*halves(override)) else halves(override)[0]
-            for override in overrides
-        ]
+    def _options_of(self, group: str) -> list[str]:
+        """The options of a config group; none if ``group`` is no group."""
+        if group not in self._options:
+            self._options[group] = self._loader.get_group_options(group, ObjectType.CONFIG)
+        return self._options[group]
 
-    def _matters(self, key: str, value: str) -> bool:
-        section = key.partition(".")[0].lstrip("+~")
-        if section in (*SCORED, *IDENTITY):
-            return True
-        return bool(self._options(key)) and not (self._is_inert(key) and self._has(key, value))
-
-    def _has(self, group: str, option: str) -> bool:
-        if option not in self._options(group):
-            raise MissingConfigException(
-                f"{group}={option}", f"{group}/{option}", self._options(group)
-            )
-        return True
-
-    def _options(self, group: str) -> list[str]:
-        if group not in self._listed:
-            self._listed[group] = self._loader.get_group_options(group, ObjectType.CONFIG)
-        return self._listed[group]
-
-    def _is_inert(self, group: str) -> bool:
-        """Whether choosing another option of ``group`` changes no other choice and no name: no
-        option chooses for another group, or sets a key of ``IDENTITY``."""
-        if group not in self._inert:
-            files = sorted((self.folder / group).glob("*.yaml")) if self._options(group) else []
-            contents = [yaml.safe_load(file.read_text()) or {} for file in files]
-            self._inert[group] = bool(contents) and not any(
-                any(isinstance(default, dict) for default in content.get("defaults", ()))
-                or any(key in content for key in IDENTITY)
-                for content in contents
-            )
-        return self._inert[group]
+    def _refuse_unknown_option(self, group: str, option: str) -> None:
+        options = self._options_of(group)
+        if option not in options:
+            raise MissingConfigException(f"{group}={option}", f"{group}/{option}", options)
 
 
-def halves(override: str) -> tuple[str, str]:
-    """Key and value."""
-    key, _, value = override.partition("=")
-    return key, value
+def compose(conf: Path, overrides: Sequence[str]) -> tuple[DictConfig, str]:
+    """Compose one run from the configuration folder ``conf``; its configuration and its name."""
+    GlobalHydra.instance().clear()
+    with hydra.initialize_config_dir(str(conf.resolve()), version_base="1.3"):
+        cfg = hydra.compose("config", overrides=list(overrides), return_hydra_config=True)
+    name = run_name(str(cfg.name), cfg.hydra.runtime.choices, list(overrides))
+    return without_hydra(cfg), name
 
 
 def digest(folder: Path) -> str:
-    """Of every configuration file below ``folder``."""
+    """Hash of all configuration files below ``folder``, as 12 hexadecimal digits."""
     content = hashlib.sha256()
     for file in sorted(folder.rglob("*.yaml")):
         content.update(f"{file.relative_to(folder)}\0".encode() + file.read_bytes() + b"\0")
@@ -173,13 +145,14 @@ def digest(folder: Path) -> str:
 
 
 def without_hydra(cfg: DictConfig) -> DictConfig:
+    """A copy of ``cfg`` without Hydra's own section."""
     kept = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
     assert isinstance(kept, DictConfig)
     return kept
 
 
-def _resolved(cfg: DictConfig, key: str) -> Any:
-    missing = sorted(k for k in OmegaConf.missing_keys(cfg) if k.startswith(f"{key}."))
+def _resolved(cfg: DictConfig, section: str) -> Any:
+    missing = sorted(k for k in OmegaConf.missing_keys(cfg) if k.startswith(f"{section}."))
     if missing:
-        raise UserError("; ".join(f"{k}: required, give {k}=VALUE" for k in missing))
-    return OmegaConf.to_container(cfg[key], resolve=True)
+        raise UserError("; ".join(f"{key}: required, give {key}=VALUE" for key in missing))
+    return OmegaConf.to_container(cfg[section], resolve=True)

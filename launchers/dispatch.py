@@ -1,24 +1,27 @@
-"""From the runs that are asked for to the jobs that are missing."""
+"""Work out which runs and scores are missing and submit them."""
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from launchers.cluster import Cluster, build, queue
+from launchers.cluster import Cluster
 from launchers.composing import Composer
-from launchers.scores import Need, mark, needs
-from launchers.sweep import UNFINISHED, Plan, Standing, Sweep, by_gift, dispatching
+from launchers.profiles import build_cluster
+from launchers.queues import queue
+from launchers.scores import required_scores, scored_marker
+from launchers.sweep import UNFINISHED, Plan, RunState, Sweep, by_output, dispatch_lock
 from launchers.tasks import Gather, Score, Train
-from launchers.wording import counted
+from launchers.watching import watch
+from mrpo_lab.console import show
 from mrpo_lab.errors import UserError
-from mrpo_lab.runs.folder import finished
 from mrpo_lab.runs.identity import difference
+from mrpo_lab.runs.reading import finished
+from mrpo_lab.wording import format_count
 
 
 def launch(
@@ -28,18 +31,22 @@ def launch(
     composer: Composer,
     profile: Mapping[str, Any],
 ) -> None:
-    """Submit what is missing of the runs with these overrides, and say what that was."""
-    sweep = Sweep(outputs.resolve() / "sweeps" / name.replace("/", "-"))
-    cluster = build(profile)
-    with dispatching(sweep.outputs):
-        asked = extend_plan(sweep, overrides, composer, profile)
-        submit_missing(sweep, cluster, asked)
-    if cluster.blocking:
-        from launchers.watching import watch
+    """Submit what is missing of the runs with these overrides, and print what that was.
 
-        if not watch(sweep, stop_with_me=True):
+    A blocking cluster is watched until the sweep has ended.
+
+    Raises:
+        UserError: the sweep is refused, or a watched one ended with unfinished runs.
+    """
+    sweep = Sweep(outputs.resolve() / "sweeps" / name.replace("/", "-"))
+    cluster = build_cluster(profile)
+    with dispatch_lock(sweep.outputs):
+        names = extend_plan(sweep, overrides, composer, profile)
+        submit_missing(sweep, cluster, names)
+    if cluster.blocking:
+        if not watch(sweep, cancel_on_interrupt=True):
             raise UserError(f"not all runs finished: python -m launchers status {sweep.name}")
-        say(f"{sweep.folder}/: summary.txt, summary.json")
+        show(f"{sweep.folder}/: summary.txt, summary.json")
 
 
 def extend_plan(
@@ -48,12 +55,11 @@ def extend_plan(
     composer: Composer,
     profile: Mapping[str, Any],
 ) -> list[str]:
-    """Add the runs to the sweep's plan; their names.
+    """Add runs to the plan of the sweep; return their names.
 
     Raises:
-        UserError: two of them would share a folder, or a finished one is of another configuration.
+        UserError: two runs would share a folder, or a finished run has another configuration.
     """
-    composer.recall(sweep.folder / "composed.json")
     plan, conf = sweep.plan, f"conf/{composer.digest}"
     plan.profile = dict(profile)
     asked: dict[str, Sequence[str]] = {}
@@ -69,76 +75,81 @@ def extend_plan(
     refuse_other_results(sweep, {name: asked[name] for name in changed}, composer)
     for name, each in asked.items():
         run = {"overrides": list(each), "conf": conf}
-        wanted: list[Need] = needs(composer.composed(each).sections)
-        plan.runs[name] = {**run, "scores": [need.key for need in wanted]}
-        for need in wanted:
-            plan.scores[need.key] = {"slug": need.slug, "path": need.path, **run}
+        required = required_scores(composer.sections(each))
+        plan.runs[name] = {**run, "scores": [scores.key for scores in required]}
+        for scores in required:
+            plan.scores[scores.key] = {"slug": scores.slug, "path": scores.path, **run}
     composer.snapshot(sweep.folder / "conf")
-    composer.remember(sweep.folder / "composed.json")
-    sweep.keep(plan)
+    sweep.write_plan(plan)
     return list(asked)
 
 
 def refuse_other_results(
     sweep: Sweep, asked: Mapping[str, Sequence[str]], composer: Composer
 ) -> None:
-    """A finished run counts only if it is of the configuration that is asked for."""
-    other = []
+    """Refuse the sweep if a run, by name, is finished with another configuration than asked for.
+
+    Raises:
+        UserError: names the first such run and how it differs.
+    """
+    others = []
     done = [name for name in asked if finished(sweep.outputs / name)]
     if len(done) > 20:
-        say(f"comparing {len(done)} finished runs with the configuration files as they are now ...")
+        show(f"comparing {len(done)} finished runs with today's configuration files ...")
     for name in done:
         saved = yaml.load((sweep.outputs / name / "config.yaml").read_text(), yaml.CSafeLoader)
-        if differing := difference(composer.whole(asked[name]), saved):
-            other.append(f"{name} ({'; '.join(differing)})")
-    if other:
+        if differing := difference(composer.full_config(asked[name]), saved):
+            others.append(f"{name} ({'; '.join(differing)})")
+    if others:
         raise UserError(
-            f"{counted(len(other), 'finished run')} of another configuration, first {other[0]}: "
-            "give this sweep a name of its own, name=NAME, or delete their folders"
+            f"{format_count(len(others), 'finished run')} of another configuration, first "
+            f"{others[0]}: give this sweep a name of its own, name=NAME, or delete their folders"
         )
 
 
 def submit_missing(sweep: Sweep, cluster: Cluster, names: Sequence[str]) -> None:
-    """Submit the scores and runs, out of ``names``, that are neither there nor on their way."""
-    plan, live = sweep.plan, by_gift(queue(sweep.outputs))
-    standings = {name: s for name, s in sweep.standings(live).items() if name in set(names)}
+    """Submit what is neither finished nor active of the runs ``names`` and their scores."""
+    plan, active = sweep.plan, by_output(queue(sweep.outputs))
+    wanted = set(names)
+    states = {name: run for name, run in sweep.run_states(active).items() if name in wanted}
     runs = [
         Train(str(sweep.folder), name, **plan.runs[name])
-        for name, standing in standings.items()
-        if standing.state in UNFINISHED
+        for name, run in states.items()
+        if run.state in UNFINISHED
     ]
-    scores = missing_scores(sweep, plan, runs, live)
+    scores = missing_scores(sweep, plan, runs, active)
     if runs:
         cluster.check(scores)
-        cluster.submit(sweep, scores, runs, Gather(str(sweep.folder)), live)
-    say(described(sweep, standings, scores))
+        cluster.submit(sweep, scores, runs, Gather(str(sweep.folder)), active)
+    show(describe(sweep, states, scores))
 
 
 def missing_scores(
-    sweep: Sweep, plan: Plan, runs: Sequence[Train], live: Mapping[str, Any]
+    sweep: Sweep, plan: Plan, runs: Sequence[Train], active: Container[str]
 ) -> list[Score]:
-    """One task for each reference that lacks scores which ``runs`` need."""
+    """One task for each reference that lacks scores which ``runs`` need.
+
+    Args:
+        active: outputs that active jobs will produce.
+    """
     keys = dict.fromkeys(key for run in runs for key in run.scores)
-    absent = [key for key in keys if f"scores {key}" not in live and not mark(key).exists()]
     tasks: dict[tuple[str, str], dict[str, Any]] = {}
-    for key in absent:
-        need = plan.scores[key]
-        run = {"overrides": need["overrides"], "conf": need["conf"]}
-        tasks.setdefault((need["slug"], need["path"]), {})[key] = run
-    return [Score(str(sweep.folder), slug, path, of) for (slug, path), of in tasks.items()]
+    for key in keys:
+        if f"scores {key}" in active or scored_marker(key).exists():
+            continue
+        scores = plan.scores[key]
+        run = {"overrides": scores["overrides"], "conf": scores["conf"]}
+        tasks.setdefault((scores["slug"], scores["path"]), {})[key] = run
+    return [Score(str(sweep.folder), slug, path, by_key) for (slug, path), by_key in tasks.items()]
 
 
-def described(sweep: Sweep, standings: Mapping[str, Standing], scores: Sequence[Score]) -> str:
-    """One line: what is there, what is alive, and what is submitted now."""
-    counts = Counter(standing.state for standing in standings.values())
+def describe(sweep: Sweep, states: Mapping[str, RunState], scores: Sequence[Score]) -> str:
+    """One line: how many runs are finished, active, and submitted now."""
+    counts = Counter(run.state for run in states.values())
     submitted = sum(counts[state] for state in UNFINISHED)
     again = [f"{counts[s]} {s}" for s in ("failed", "dead") if counts[s]]
     parts = [f"{counts[s]} {s}" for s in ("finished", "running", "queued") if counts[s]]
     parts.append(f"{submitted} submitted" + (f" ({', '.join(again)} before)" if again else ""))
     if submitted and scores:
-        parts.append(f"after {counted(len(scores), 'reference')} to score")
-    return f"{sweep.name}: {counted(len(standings), 'run')}: {', '.join(parts)}"
-
-
-def say(line: str) -> None:
-    print(line, file=sys.stdout, flush=True)
+        parts.append(f"after {format_count(len(scores), 'reference')} to score")
+    return f"{sweep.name}: {format_count(len(states), 'run')}: {', '.join(parts)}"

@@ -1,46 +1,55 @@
-"""A sweep's results in one table."""
+"""Gather the results of a sweep in one table."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from launchers.cluster import queue
-from launchers.sweep import Sweep, by_gift
-from mrpo_lab.runs.folder import finished
+from rich.table import Table
+
+from launchers.queues import queue
+from launchers.sweep import Sweep, by_output
+from mrpo_lab.console import plain_text, text_table
+from mrpo_lab.runs.reading import finished
 from mrpo_lab.storage.files import write_whole
 
-NUMBERS = ("base/val_accuracy", "val/accuracy", "base/test_accuracy", "test/accuracy")
+NUMBERS = (
+    "base/val_accuracy",
+    "val/accuracy",
+    "base/test_accuracy",
+    "test/accuracy",
+    "steps",
+    "wall_seconds",
+)
+"""Keys of ``result.json`` that ``summary.json`` repeats."""
 
 
-def gather(sweep: Sweep) -> str:
-    """Write ``summary.json`` and ``summary.txt`` into the sweep's folder; the latter."""
-    standings = sweep.standings(by_gift(queue(sweep.outputs)))
+def gather(sweep: Sweep) -> Table:
+    """Write ``summary.json`` and ``summary.txt`` into the sweep's folder; return the table."""
+    states = sweep.run_states(by_output(queue(sweep.outputs)))
     rows: list[dict[str, Any]] = []
-    for name, standing in standings.items():
-        # One that has ended since stays as it was found.
-        ended = finished(sweep.outputs / name) if standing.state == "finished" else None
-        result = ended or {}
-        numbers = {key: result.get(key) for key in (*NUMBERS, "steps", "wall_seconds")}
-        error = standing.record.error if standing.record and standing.state == "failed" else None
-        rows.append({"run": name, "state": standing.state, **numbers, "error": error})
+    for name, run in states.items():
+        # A run that has finished since its state was read keeps the state that was read.
+        result = (finished(sweep.outputs / name) or {}) if run.state == "finished" else {}
+        numbers = {key: result.get(key) for key in NUMBERS}
+        error = run.record.error if run.record and run.state == "failed" else None
+        rows.append({"run": name, "state": run.state, **numbers, "error": error})
     write_whole(sweep.folder / "summary.json", (json.dumps(rows, indent=1) + "\n").encode())
-    text = table(rows)
-    write_whole(sweep.folder / "summary.txt", (text + "\n").encode())
-    return text
+    table = summary_table(rows)
+    write_whole(sweep.folder / "summary.txt", (plain_text(table) + "\n").encode())
+    return table
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    width = max([len("run"), *(len(row["run"]) for row in rows)])
-    lines = [f"{'run':<{width}}  {'state':<9} {'val':>14}  {'test':>14}"]
+def summary_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """A row per run: its state and its accuracies before and after training, or its error."""
+    table = text_table("run", "state", "val", "test", "error", right=("val", "test"))
     for row in rows:
-        cells = [
-            f"{row[f'base/{s}_accuracy']:.3f} -> {row[f'{s}/accuracy']:.3f}"
-            if row[f"{s}/accuracy"] is not None
-            else ""
-            for s in ("val", "test")
+        accuracies = [
+            ""
+            if row[f"{split}/accuracy"] is None
+            else f"{row[f'base/{split}_accuracy']:.3f} -> {row[f'{split}/accuracy']:.3f}"
+            for split in ("val", "test")
         ]
-        error = f"  {row['error']}" if row["error"] else ""
-        line = f"{row['run']:<{width}}  {row['state']:<9} {cells[0]:>14}  {cells[1]:>14}{error}"
-        lines.append(line.rstrip())
-    return "\n".join(lines)
+        table.add_row(row["run"], row["state"], *accuracies, row["error"] or "")
+    return table

@@ -1,4 +1,4 @@
-"""One task in a process of its own: its record, its signals, its processes."""
+"""Perform one task in a process of its own: its record, its signals, its process group."""
 
 from __future__ import annotations
 
@@ -14,53 +14,64 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launchers.sweep import Record
-from launchers.tasks import read_tasks
+from launchers.composing import compose
+from launchers.gather import gather
+from launchers.scores import write_scored_marker
+from launchers.sweep import Record, Sweep
+from launchers.tasks import Gather, Score, Task, Train, read_tasks
+from mrpo_lab.console import plain_text
 from mrpo_lab.errors import UserError
 from mrpo_lab.progress import quiet_libraries
 from mrpo_lab.runs.provenance import cluster_job
 from mrpo_lab.training.interruption import Interruption, nothing
 
 PREEMPTED = getattr(signal, "SIG" + os.environ.get("SUBMITIT_PREEMPT_SIGNAL", "USR2"))
-"""What a cluster sends before time is up: save, and go on in another job."""
+"""The signal that a cluster sends before time is up: save, and continue in a later job."""
 
 
 @dataclass(frozen=True)
 class SlurmJob:
-    """What submitit calls: nothing but where the task is written. All else is read when it runs,
-    and a run resumes from its own folder."""
+    """What submitit pickles and calls in a job: only the place where the task is written.
+
+    Everything else is read when the job runs, and a run resumes from its own folder.
+    """
 
     array: str
     index: int
 
     def __call__(self) -> None:
-        handler: Any = signal.getsignal(PREEMPTED)  # submitit's, which requeues
-        perform(Path(self.array), self.index, lambda: handler(PREEMPTED, None))
+        requeue: Any = signal.getsignal(PREEMPTED)  # submitit's handler
+        perform(Path(self.array), self.index, lambda: requeue(PREEMPTED, None))
 
     def checkpoint(self) -> Any:
-        """Called by that handler."""
-        import submitit
+        """Return what is to be submitted again; submitit's handler calls this."""
+        import submitit  # loaded already in a job; takes 0.1 s elsewhere
 
         log("saved; this job goes on when the cluster starts it again")
         return submitit.helpers.DelayedSubmission(self)
 
 
 def perform(array: Path, index: int, leave: Callable[[], None]) -> None:
-    """Do the task; its record says how it ended, and what it raises ends the job.
+    """Perform a task of an array; its record says how it ended.
 
-    ``leave``: what follows when the run was asked to stop and has saved itself.
+    Args:
+        array: folder with ``tasks.json``.
+        leave: called after a run that was asked to stop has saved a checkpoint.
+
+    Raises:
+        Exception: whatever the task raises, so that the job counts as failed.
     """
     if "SLURM_CPUS_PER_TASK" in os.environ:
         os.environ.setdefault("OMP_NUM_THREADS", os.environ["SLURM_CPUS_PER_TASK"])
     os.environ.setdefault("WANDB_RUN_GROUP", array.parent.parent.name)
-    join_processes()
+    join_process_group()
     interruption = Interruption()
     answer_signals(interruption, leave)
     task = read_tasks(array / "tasks.json")[index]
-    file, record = array / f"{index}.json", begin(task.title)
+    file, record = array / f"{index}.json", new_record(task.title)
     is_main = os.environ.get("RANK", "0") == "0"
 
-    def note(state: str, error: BaseException | None = None) -> None:
+    def update_record(state: str, error: BaseException | None = None) -> None:
         record.state, record.ended = state, time.time() if state != "running" else None
         if error is not None:
             record.error = (str(error) or type(error).__name__).splitlines()[0]
@@ -71,21 +82,44 @@ def perform(array: Path, index: int, leave: Callable[[], None]) -> None:
     quiet_libraries()
     logging.getLogger("submitit").propagate = False  # it prints by itself
     logging.basicConfig(format="[%(asctime)s] %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
-    note("running")
+    update_record("running")
     try:
-        task.perform(interruption)
+        run_task(task, interruption)
     except Exception as error:
-        note("failed", error)
+        update_record("failed", error)
         if isinstance(error, UserError):
             log(f"error: {error}")
         raise
     except BaseException:
-        note("left")
+        update_record("left")
         raise
-    note("done")
+    update_record("done")
 
 
-def begin(title: str) -> Record:
+def run_task(task: Task, interruption: Interruption) -> None:
+    """Do what the task says, by its kind."""
+    # torch and transformers take seconds to import: jobs need them, commands that dispatch do not.
+    match task:
+        case Score():
+            from mrpo_lab.experiment import score_reference
+
+            for key, run in task.runs.items():
+                cfg, _ = compose(Path(task.sweep) / run["conf"], run["overrides"])
+                write_scored_marker(key, task.slug, score_reference(cfg, task.slug))
+        case Train():
+            from mrpo_lab.experiment import run_experiment
+
+            cfg, name = compose(Path(task.sweep) / task.conf, task.overrides)
+            assert name == task.name, f"{task.name} was asked for, its configuration is of {name}"
+            run_experiment(cfg, name, interruption)
+        case Gather():
+            print(plain_text(gather(Sweep(Path(task.sweep)))), flush=True)
+        case _:
+            raise TypeError(f"no job performs a task of kind {task.kind}")
+
+
+def new_record(title: str) -> Record:
+    """The record of a task that begins now, in this process."""
     job = cluster_job() or {}
     return Record(
         title=title,
@@ -100,17 +134,20 @@ def begin(title: str) -> Record:
 
 
 def output_file() -> str:
-    """What stderr is written to."""
-    place = Path("/proc/self/fd/2")
-    return str(place.readlink()) if place.exists() else ""
+    """Path of the file that stderr is written to."""
+    stderr = Path("/proc/self/fd/2")
+    return str(stderr.readlink()) if stderr.exists() else ""
 
 
 def answer_signals(interruption: Interruption, leave: Callable[[], None]) -> None:
-    """Before preemption and time-outs save and leave. SIGTERM comes before a kill that may or may
-    not be followed by a requeue, which is not ours to know: save, and go on until it comes."""
+    """Install handlers of the signals that a cluster sends.
+
+    On preemption or when time is up, the run saves a checkpoint and ``leave`` is called. SIGTERM
+    comes before a kill, and whether a requeue follows is unknown: save, and go on until the kill.
+    """
     signal.signal(PREEMPTED, lambda *_: interruption.ask(leave))
     signal.signal(signal.SIGTERM, lambda *_: interruption.ask(nothing))
-    # A cluster signals every process of a job: those that libraries fork must not do the same.
+    # A cluster signals every process of a job; those that libraries fork must not answer too.
     os.register_at_fork(after_in_child=_ignore_cluster)
 
 
@@ -119,17 +156,19 @@ def _ignore_cluster() -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def join_processes() -> None:
-    """Where SLURM started several, tell each its place, as ``accelerate launch`` would. They are
-    on one node, whose name need not be known to it."""
-    given = {
+def join_process_group() -> None:
+    """Set the variables of torch.distributed where SLURM started several processes for one job.
+
+    ``accelerate launch`` sets the same. All processes are on one node, so that 127.0.0.1 will do.
+    """
+    variables = {
         "RANK": "SLURM_PROCID",
         "LOCAL_RANK": "SLURM_LOCALID",
         "WORLD_SIZE": "SLURM_NTASKS",
         "LOCAL_WORLD_SIZE": "SLURM_NTASKS",
     }
     if int(os.environ.get("SLURM_NTASKS", "1")) > 1:
-        os.environ.update({ours: os.environ[theirs] for ours, theirs in given.items()})
+        os.environ.update({ours: os.environ[slurms] for ours, slurms in variables.items()})
         os.environ["MASTER_ADDR"] = "127.0.0.1"
         os.environ["MASTER_PORT"] = str(20000 + int(os.environ["SLURM_JOB_ID"]) % 40000)
 

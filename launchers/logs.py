@@ -1,4 +1,4 @@
-"""What a run printed and what it died of."""
+"""The last output of a run and its traceback."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from launchers.sweep import Record, Sweep
-from launchers.wording import counted
 from mrpo_lab.errors import UserError
+from mrpo_lab.wording import format_count
 
 
 def show_log(sweeps: Sequence[Sweep], part: str, lines: int) -> str:
-    """The last output of the one task whose title has ``part`` in it, then its traceback.
+    """The last ``lines`` of output and the traceback of the task whose title contains ``part``.
 
     Raises:
-        UserError: none or several have, or it has not begun.
+        UserError: no task or several have such a title.
     """
     found: dict[str, Record | None] = {}
     for sweep in sweeps:
@@ -25,11 +25,11 @@ def show_log(sweeps: Sequence[Sweep], part: str, lines: int) -> str:
         close = difflib.get_close_matches(part, found, n=1)
         guess = f", did you mean {close[0]}?" if close else ""
         raise UserError(
-            f"{part}: of {counted(len(found), 'task')} none has that in its name{guess}"
+            f"{part}: none of {format_count(len(found), 'task')} has that in its name{guess}"
         )
     if len(titles) > 1:
         shown = "\n  ".join(titles[:20])
-        raise UserError(f"{part}: {len(titles)} have that in their name:\n  {shown}")
+        raise UserError(f"{part}: {len(titles)} tasks have that in their name:\n  {shown}")
     (title,) = titles
     record = found[title]
     if record is None:
@@ -39,6 +39,6 @@ def show_log(sweeps: Sequence[Sweep], part: str, lines: int) -> str:
         text = Path(record.log).read_text(errors="replace").replace("\r", "\n")
         tail = [line for line in text.splitlines() if line.strip()][-lines:]
     head = f"{title}: {record.state}, job {record.job} on {record.host}, log {record.log}"
-    said = "\n".join(tail)
-    parts = [head, said, "" if record.traceback.strip() in said else record.traceback.strip()]
+    output, raised = "\n".join(tail), record.traceback.strip()
+    parts = [head, output, "" if raised in output else raised]
     return "\n".join(each for each in parts if each)

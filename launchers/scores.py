@@ -1,8 +1,9 @@
-"""Which reference scores a run needs, and whether the store has them, told without loading a model.
+"""Which reference scores a run needs, and whether they exist, without loading a model.
 
-The store itself knows replies. What a dispatcher knows is a configuration; so whoever has scored
-what a configuration asks for leaves a mark under the hash of that part of it. A mark that is gone
-or wrong costs time alone: a run scores by itself what the store then lacks.
+The store of scores is indexed by replies, but the dispatching process knows only a configuration.
+So a job that has scored a reference for a configuration writes a marker file, named by the hash of
+the part of the configuration that decides the scores. A marker that is missing or wrong only costs
+time: a run scores by itself what it does not find in the store.
 """
 
 from __future__ import annotations
@@ -19,22 +20,31 @@ from mrpo_lab.storage import cache
 from mrpo_lab.storage.files import write_whole
 
 TOKENIZED_BY = ("path", "revision", "template", "trust_remote_code")
-"""Of a policy, what decides which pairs are eligible."""
+"""Keys of ``model`` that decide how texts are tokenized, and thereby which pairs are kept."""
 
 
 @dataclass(frozen=True)
-class Need:
-    """The scores of one reference on the pairs of one data set."""
+class RequiredScores:
+    """The scores of one reference on the pairs of one data set, which a run needs."""
 
     key: str
+    """Hash of all configuration that decides these scores."""
     slug: str
+    """Short name of the reference."""
     path: str
+    """Path or hub name of the reference."""
 
 
-def needs(sections: Mapping[str, Any]) -> list[Need]:
-    """Of a run with these ``dataset``, ``model`` and ``reference_set``, in the set's order."""
+def required_scores(sections: Mapping[str, Any]) -> list[RequiredScores]:
+    """List the scores that a run needs, in the order of its reference set.
+
+    Args:
+        sections: the resolved ``dataset``, ``model`` and ``reference_set`` of the run.
+    """
     dataset, model, references = (sections[k] for k in ("dataset", "model", "reference_set"))
     common = {key: references.get(key) for key in ("dtype", "quantization")}
+    if references.get("kernels", "auto") != "auto":  # marks from before the setting stay valid
+        common["kernels"] = "off"
     entries = [{**common, **entry} for entry in references["entries"]]
     texts = {
         "dataset": dataset,
@@ -44,37 +54,43 @@ def needs(sections: Mapping[str, Any]) -> list[Need]:
     }
     used = references.get("use") or [entry["slug"] for entry in entries]
     return [
-        Need(_hash({**texts, "reference": entry}), str(entry["slug"]), str(entry["path"]))
+        RequiredScores(_hash({**texts, "reference": entry}), str(entry["slug"]), str(entry["path"]))
         for entry in entries
         if entry["slug"] in used
     ]
 
 
-def mark(key: str) -> Path:
+def scored_marker(key: str) -> Path:
+    """The file that exists once the scores with this key are in the store."""
     return cache.root() / "scored" / f"{key}.json"
 
 
-def put_mark(key: str, slug: str, pairs: int) -> None:
-    mark(key).parent.mkdir(parents=True, exist_ok=True)
-    write_whole(mark(key), json.dumps({"slug": slug, "pairs": pairs}).encode())
+def write_scored_marker(key: str, slug: str, pairs: int) -> None:
+    """Record that a reference has scored ``pairs`` pairs under this key."""
+    marker = scored_marker(key)
+    marker.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(marker, json.dumps({"slug": slug, "pairs": pairs}).encode())
 
 
-def billions(slug: str, path: str, told: Mapping[str, float]) -> float:
-    """Parameters of a model: as the profile tells, by its weights on disk, by its name; infinite
-    where nothing says."""
-    if slug in told:
-        return float(told[slug])
+def billions_of_parameters(slug: str, path: str, known: Mapping[str, float]) -> float:
+    """Estimate the size of a model, in billions of parameters.
+
+    Taken from ``known`` (by slug), else from the size of its weights on disk, else from its name;
+    infinite if none of them tells.
+    """
+    if slug in known:
+        return float(known[slug])
     if path.startswith("embedded:"):
         return 0.2
     files = list(Path(path).expanduser().glob("*.safetensors"))
     if files:
-        return sum(file.stat().st_size for file in files) / 2e9  # two bytes each, as a rule
+        return sum(file.stat().st_size for file in files) / 2e9  # 16-bit weights, as a rule
     named = re.findall(r"(?<![\w.])(\d+(?:\.\d+)?)[bB](?![a-zA-Z])", path.replace("-", " "))
     return float(named[-1]) if named else float("inf")
 
 
 def _stamp(path: Any) -> list[list[Any]]:
-    """Sizes and times of a local data set's files; a hub data set has none."""
+    """Size and modification time of each file of a local data set; empty for one of the hub."""
     if not isinstance(path, str) or not Path(path).expanduser().exists():
         return []
     place = Path(path).expanduser()

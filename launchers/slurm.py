@@ -1,11 +1,12 @@
-"""Sweeps on SLURM: arrays by resources, chained by ``afterok``, submitted with submitit."""
+"""Sweeps on SLURM: arrays of jobs with equal resources, chained by ``afterok``.
+
+Submitted with submitit.
+"""
 
 from __future__ import annotations
 
 import io
 import math
-import os
-import re
 import shutil
 import subprocess
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,53 +19,20 @@ from pydantic import Field
 
 from launchers.cluster import Cluster, checked
 from launchers.job import SlurmJob
-from launchers.nodes import read_nodes, refuse_impossible
-from launchers.scores import billions
-from launchers.sweep import Live, Sweep
+from launchers.nodes import Resources, read_nodes, refuse_impossible
+from launchers.scores import billions_of_parameters
+from launchers.slurm_commands import error_line, max_array_size
+from launchers.sweep import ActiveJob, Sweep
 from launchers.tasks import Gather, Score, Task, Train
-from launchers.wording import counted
 from mrpo_lab.errors import UserError
+from mrpo_lab.wording import format_count
 
 T = TypeVar("T")
 K = TypeVar("K")
 
 ROOT = Path(__file__).parents[1]
-LIVE = {
-    "PENDING": "queued",
-    "CONFIGURING": "queued",
-    "REQUEUED": "queued",
-    "REQUEUE_HOLD": "queued",
-    "REQUEUE_FED": "queued",
-    "SPECIAL_EXIT": "queued",
-    "PREEMPTED": "queued",
-    "RUNNING": "running",
-    "SUSPENDED": "running",
-    "STOPPED": "running",
-    "COMPLETING": "ending",
-}
-PLACE = ("partition", "account", "qos", "constraint", "gpu_type")
-"""Settings of all jobs, which each kind of job may have its own of."""
-
-
-@checked
-class Resources:
-    """What one job asks for, all its processes on one node."""
-
-    timeout_min: int
-    cpus: int
-    """Of each process."""
-    mem_gb: float
-    gpus: int
-    tasks: int = 1
-    """Processes, which train one run together."""
-    up_to_billions: float | None = None
-    """Of scoring: parameters of the largest reference that this is enough for."""
-    partition: str | None = None
-    account: str | None = None
-    qos: str | None = None
-    constraint: str | None = None
-    gpu_type: str | None = None
-    """As in ``gpu:a100:1``; null takes any."""
+PLACEMENT = ("partition", "account", "qos", "constraint", "gpu_type")
+"""Settings of all jobs that each kind of job may override."""
 
 
 @checked
@@ -79,21 +47,21 @@ class Slurm(Cluster):
     setup: list[str]
     """Shell lines before each job."""
     python: str | None
-    """Command for Python in a job; null is the interpreter that submits."""
+    """Command that starts Python in a job; null is the interpreter that submits."""
     options: list[str]
     """Any other options of sbatch, as on its command line."""
     parallel: Annotated[int, Field(ge=1)]
-    """Runs at once, all arrays together."""
+    """Number of runs at once, over all arrays of one command."""
     signal_delay_s: Annotated[int, Field(ge=0)]
     """Seconds before time is up at which a run saves and is requeued."""
     max_timeouts: Annotated[int, Field(ge=0)]
-    """How often a run may go on after its time was up."""
+    """How often a run may be requeued because its time was up."""
     train: Resources
     score: Annotated[list[Resources], Field(min_length=1)]
-    """By size of model; the first whose ``up_to_billions`` holds it."""
+    """By size of the reference: the first entry whose ``up_to_billions`` is enough counts."""
     gather: Resources
     billions: dict[str, float]
-    """Sizes of references that neither their files nor their names tell, by slug."""
+    """Billions of parameters of references whose files and names do not tell, by slug."""
 
     blocking = False
 
@@ -113,17 +81,17 @@ class Slurm(Cluster):
         scores: Sequence[Score],
         runs: Sequence[Train],
         gather: Gather,
-        live: Mapping[str, Live],
+        active: Mapping[str, ActiveJob],
     ) -> None:
-        jobs = {gift: job.job for gift, job in live.items()}
+        jobs = {output: job.job for output, job in active.items()}
         for resources, together in grouped(scores, self._resources):
             for task, job in self._arrays(sweep, together, resources, len(scores)):
-                jobs.update(dict.fromkeys(task.gives, job))
-        ends = []
-        for after, waiting in grouped(runs, lambda run: waits(run, jobs)):
+                jobs.update(dict.fromkeys(task.outputs, job))
+        started = []
+        for after, waiting in grouped(runs, lambda run: jobs_before(run, jobs)):
             for _, job in self._arrays(sweep, waiting, self.train, len(runs), afterok=after):
-                ends.append(job.partition("_")[0])
-        arrays = list(dict.fromkeys(ends))
+                started.append(job.partition("_")[0])
+        arrays = list(dict.fromkeys(started))
         self._arrays(sweep, [gather], self.gather, 1, afterany=arrays)
 
     def _arrays(
@@ -131,13 +99,21 @@ class Slurm(Cluster):
         sweep: Sweep,
         tasks: Sequence[Task],
         resources: Resources,
-        of: int,
+        total: int,
         **after: Sequence[str],
     ) -> list[tuple[Task, str]]:
-        """Submit tasks with the same resources; each with its job's id."""
+        """Submit tasks with equal resources in as many arrays as the cluster needs.
+
+        Args:
+            total: number of tasks of this kind in all; the arrays share ``parallel`` in proportion.
+            after: dependencies, as ``afterok=[job ids]``.
+
+        Returns:
+            Each task with the id of its job.
+        """
         submitted = []
         for chunk in batched(tasks, max_array_size()):
-            share = max(1, math.floor(self.parallel * len(chunk) / of))
+            share = max(1, math.floor(self.parallel * len(chunk) / total))
             submitted += self._array(sweep, chunk, resources, share, after)
         return submitted
 
@@ -149,14 +125,14 @@ class Slurm(Cluster):
         at_once: int,
         after: Mapping[str, Sequence[str]],
     ) -> list[tuple[Task, str]]:
-        import submitit
+        import submitit  # takes 0.1 s, which commands that submit nothing need not wait for
 
         folder = sweep.new_array(tasks, "slurm")
         executor = submitit.SlurmExecutor(folder / "log", self.max_timeouts, python=self.python)
         depends = ",".join(f"{kind}:{':'.join(jobs)}" for kind, jobs in after.items() if jobs)
-        others = (option.lstrip("-").partition("=") for option in self.options)
+        more = (option.lstrip("-").partition("=") for option in self.options)
         options = {"kill-on-invalid-dep": "yes", "requeue": True}
-        options |= {key: value or True for key, _, value in others}
+        options |= {key: value or True for key, _, value in more}
         executor.update_parameters(
             job_name=f"{sweep.name}.{folder.name}",
             setup=[f"export PYTHONPATH={ROOT}${{PYTHONPATH:+:$PYTHONPATH}}", *self.setup],
@@ -170,16 +146,16 @@ class Slurm(Cluster):
             **self._sbatch(resources),
         )
         try:
-            with redirect_stderr(io.StringIO()), executor.batch():  # the error repeats it
+            with redirect_stderr(io.StringIO()), executor.batch():  # the error has the same text
                 jobs = [executor.submit(SlurmJob(str(folder), i)) for i in range(len(tasks))]
         except (submitit.core.utils.FailedJobError, subprocess.CalledProcessError) as error:
             raise UserError(
-                f"sbatch refused {counted(len(tasks), 'job')}: {said(error)}"
+                f"sbatch refused {format_count(len(tasks), 'job')}: {error_line(error)}"
             ) from error
         return [(task, str(job.job_id)) for task, job in zip(tasks, jobs, strict=True)]
 
     def _resources(self, task: Score) -> Resources:
-        size = billions(task.slug, task.path, self.billions)
+        size = billions_of_parameters(task.slug, task.path, self.billions)
         for entry in self.score:
             if entry.up_to_billions is None or size <= entry.up_to_billions:
                 return entry
@@ -189,11 +165,13 @@ class Slurm(Cluster):
         )
 
     def _placed(self, resources: Resources) -> Resources:
-        """With the settings of all jobs where it has none of its own."""
-        return replace(resources, **{k: getattr(resources, k) or getattr(self, k) for k in PLACE})
+        """Fill in the settings of all jobs that ``resources`` does not override."""
+        return replace(
+            resources, **{key: getattr(resources, key) or getattr(self, key) for key in PLACEMENT}
+        )
 
     def _sbatch(self, resources: Resources) -> dict[str, Any]:
-        """In submitit's words."""
+        """The parameters of submitit's ``SlurmExecutor`` that ask for ``resources``."""
         placed = self._placed(resources)
         wanted = {
             **{key: getattr(placed, key) for key in ("partition", "account", "qos", "constraint")},
@@ -209,7 +187,7 @@ class Slurm(Cluster):
 
 
 def grouped(tasks: Iterable[T], key: Callable[[T], K]) -> list[tuple[K, list[T]]]:
-    """Tasks with the same key, together, in the order they came."""
+    """Group tasks by equal keys; groups and their members keep the order they came in."""
     groups: list[tuple[K, list[T]]] = []
     for task in tasks:
         value = key(task)
@@ -222,66 +200,10 @@ def grouped(tasks: Iterable[T], key: Callable[[T], K]) -> list[tuple[K, list[T]]
 
 
 def batched(tasks: Sequence[Task], size: int) -> list[Sequence[Task]]:
+    """Split tasks into consecutive parts of at most ``size``."""
     return [tasks[start : start + size] for start in range(0, len(tasks), size)]
 
 
-def waits(run: Train, jobs: Mapping[str, str]) -> list[str]:
-    """Ids of the jobs that will give what the run needs."""
-    return sorted({jobs[need] for need in run.needs if need in jobs})
-
-
-def max_array_size() -> int:
-    """Tasks that one array may have."""
-    shown = slurm_says("scontrol", "show", "config")
-    found = re.search(r"^MaxArraySize\s*=\s*(\d+)", shown, re.M)
-    return max(1, int(found[1])) if found else 1000
-
-
-def queue(outputs: Path) -> list[Live]:
-    """Tasks of this folder's sweeps that SLURM still holds, whoever submitted them."""
-    arrays = {
-        file.parent.name: file.parent for file in outputs.glob("sweeps/*/jobs/slurm-*/tasks.json")
-    }
-    if not arrays or not shutil.which("squeue"):  # looked at from elsewhere
-        return []
-    owners = {str(folder.stat().st_uid) for folder in arrays.values()} | {str(os.getuid())}
-    how = ("-h", "-r", "-t", "all", "-u", ",".join(sorted(owners)), "-o", "%F|%K|%T|%r|%j")
-    live = []
-    for line in slurm_says("squeue", *how).splitlines():
-        job, task, state, reason, name = line.split("|", 4)
-        folder = arrays.get(name.rpartition(".")[2])
-        if folder is not None and state in LIVE:
-            index = int(task) if task.isdigit() else 0
-            one = f"{job}_{task}" if task.isdigit() else job
-            held = reason if "held" in reason.lower() else ""
-            live.append(Live(folder, index, one, LIVE[state], held))
-    return live
-
-
-def cancel(tasks: Sequence[Live]) -> None:
-    for some in range(0, len(tasks), 200):
-        slurm_says("scancel", *(task.job for task in tasks[some : some + 200]))
-
-
-def slurm_says(*command: str) -> str:
-    """Standard output of one of SLURM's programs.
-
-    Raises:
-        UserError: it failed, as when the controller cannot be reached.
-    """
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
-    except FileNotFoundError as error:
-        raise UserError(f"there is no {command[0]} here: is this a SLURM cluster?") from error
-    except subprocess.CalledProcessError as error:
-        raise UserError(f"{command[0]}: {said(error)}") from error
-    except subprocess.TimeoutExpired as error:
-        raise UserError(f"{command[0]}: no answer in a minute") from error
-    return done.stdout
-
-
-def said(error: Exception) -> str:
-    """What a program of SLURM complained about, in one line."""
-    text = error.stderr if isinstance(error, subprocess.CalledProcessError) else str(error)
-    lines = [line for line in str(text).splitlines() if "error:" in line.lower()]
-    return re.sub(r"^.*?error:\s*", "", lines[-1], flags=re.I) if lines else str(text).strip()
+def jobs_before(run: Train, jobs: Mapping[str, str]) -> list[str]:
+    """Ids of the jobs that will produce inputs of the run, given each output's job."""
+    return sorted({jobs[name] for name in run.inputs if name in jobs})

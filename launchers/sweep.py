@@ -1,22 +1,20 @@
-"""A sweep's folder: what it asks for, what was submitted, and how far each of its runs is.
+"""The folder of a sweep: its runs, the jobs that were submitted, and the state of each run.
 
     OUTPUTS/sweeps/NAME/
         plan.json            the runs, the scores they need, the launcher's profile
-        conf/DIGEST/         the configuration files they were asked for with
-        jobs/UID/tasks.json  what was submitted together, in the order of the array
-        jobs/UID/0.json      what became of the first of them
-        jobs/UID/log/        what they printed
+        conf/DIGEST/         the configuration files as they were when the runs were dispatched
+        jobs/UID/tasks.json  tasks that were submitted together, as one array
+        jobs/UID/0.json      the record of the array's first task
+        jobs/UID/log/        output of the tasks
         summary.json, .txt   the results, gathered
 
-Runs are in their own folders, as ever. Whether one is finished, its ``result.json`` says; whether
-a job is alive, the cluster; what it died of, the record beside its task.
+Runs are in their own folders, as those of single commands. Whether a run is finished is read from
+its ``result.json``; whether a job is active, from the cluster; why it failed, from its record.
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 import secrets
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -27,41 +25,47 @@ from typing import Any
 
 from filelock import FileLock
 
-from launchers.tasks import Task, read_tasks
+from launchers.tasks import Task, read_tasks, write_tasks
 from mrpo_lab.errors import UserError
-from mrpo_lab.runs.folder import finished
-from mrpo_lab.storage.files import write_whole
+from mrpo_lab.runs.reading import finished
+from mrpo_lab.storage.files import is_locked, write_whole
 
 STATES = ("finished", "running", "queued", "failed", "dead", "new")
-"""``failed`` ended with an error; ``dead`` was killed or cancelled; ``new`` was never submitted."""
+"""States of a run. ``failed`` ended with an error; ``dead`` was killed or cancelled, or saved
+itself and was not started again; ``new`` was never submitted."""
 UNFINISHED = ("failed", "dead", "new")
+"""States of runs that are submitted when their sweep is dispatched again."""
 
 
 @dataclass(frozen=True)
-class Live:
-    """A task that a cluster still holds."""
+class ActiveJob:
+    """A job that a cluster runs or will run."""
 
     array: Path
+    """Folder of the array that the job's task belongs to."""
     index: int
+    """Index of the task in the array."""
     job: str
+    """The cluster's id of the job."""
     state: str
     """queued, running or ending."""
-    held: str = ""
-    """Why it stays queued until someone releases it."""
+    hold_reason: str = ""
+    """Why the job is on hold until someone releases it; empty if it is not."""
 
 
 @dataclass
 class Record:
-    """What became of one task the last time it was started."""
+    """How the last attempt at a task went."""
 
     title: str
     state: str
-    """running, done, failed, cancelled, or left: saved, to go on later."""
+    """running, done, failed, cancelled, or left (saved a checkpoint, to go on later)."""
     job: str
     host: str
     gpus: str
     restarts: int
     began: float
+    """Seconds since the epoch, as ``ended``."""
     log: str
     ended: float | None = None
     error: str = ""
@@ -73,31 +77,37 @@ class Record:
 
     @classmethod
     def read(cls, file: Path) -> Record | None:
+        """The record in ``file``; None if the task has not begun."""
         return cls(**json.loads(file.read_text())) if file.exists() else None
 
 
 @dataclass
 class Plan:
-    """What a sweep asks for, over all commands that dispatched it."""
+    """What a sweep consists of, over all commands that dispatched it."""
 
     runs: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Name to its overrides, ``conf`` and keys of ``scores``."""
+    """Name of a run to its ``overrides``, ``conf`` and the keys of its ``scores``."""
     scores: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Key to slug, path, and the overrides and ``conf`` of a run that needs them."""
+    """Key of scores to ``slug`` and ``path`` of the reference, and to ``overrides`` and ``conf``
+    of a run that needs them."""
     profile: dict[str, Any] = field(default_factory=dict)
+    """The launcher's settings at the last dispatch."""
 
 
 @dataclass(frozen=True)
-class Standing:
+class RunState:
     """How far a run is."""
 
     state: str
+    """One of ``STATES``."""
     record: Record | None = None
     job: str = ""
 
 
 @dataclass(frozen=True)
 class Sweep:
+    """The folder of a sweep, ``OUTPUTS/sweeps/NAME``."""
+
     folder: Path
 
     @property
@@ -106,10 +116,11 @@ class Sweep:
 
     @property
     def outputs(self) -> Path:
+        """Folder below which the runs are."""
         return self.folder.parent.parent
 
-    def submitted(self, job: Live) -> bool:
-        """Whether it was this sweep, and no other that asks for the same, that submitted it."""
+    def owns(self, job: ActiveJob) -> bool:
+        """Whether this sweep submitted the job, rather than another that has the same run."""
         return job.array.parent.parent == self.folder
 
     @property
@@ -117,61 +128,72 @@ class Sweep:
         file = self.folder / "plan.json"
         return Plan(**json.loads(file.read_text())) if file.exists() else Plan()
 
-    def keep(self, plan: Plan) -> None:
+    def write_plan(self, plan: Plan) -> None:
         write_whole(self.folder / "plan.json", json.dumps(asdict(plan), indent=1).encode())
 
     @property
     def arrays(self) -> list[Path]:
-        """Folders of what was submitted, the latest last."""
+        """Folders of the submitted arrays, the oldest first."""
         folders = [file.parent for file in self.folder.glob("jobs/*/tasks.json")]
         return sorted(folders, key=lambda folder: folder.name.rpartition("-")[2])
 
     def new_array(self, tasks: Sequence[Task], cluster: str) -> Path:
-        """Written before it is submitted: its name in the queue then says what it is."""
+        """Make the folder of an array that is about to be submitted.
+
+        It is written first because jobs in a queue are recognized by the folder's unique name.
+        """
         uid = f"{cluster}-{time.time_ns() // 1000:x}{secrets.token_hex(2)}"
         folder = self.folder / "jobs" / uid
         folder.mkdir(parents=True)
-        content = {"tasks": [task.as_json() for task in tasks]}
-        write_whole(folder / "tasks.json", json.dumps(content, indent=1).encode())
+        write_tasks(folder / "tasks.json", tasks)
         return folder
 
     def last_records(self) -> dict[str, Record | None]:
-        """Title of each task that was ever submitted to what became of it the last time."""
+        """The last record of every task that was ever submitted, by the task's title."""
         records: dict[str, Record | None] = {}
         for array in self.arrays:
             for index, task in enumerate(read_tasks(array / "tasks.json")):
                 records[task.title] = Record.read(array / f"{index}.json")
         return records
 
-    def standings(self, live: Mapping[str, Live]) -> dict[str, Standing]:
-        """Of every run of the plan. ``live``: by what the task gives, read before this is called,
-        so that a run that ends meanwhile is seen as finished."""
+    def run_states(self, active: Mapping[str, ActiveJob]) -> dict[str, RunState]:
+        """The state of every run of the plan, by name.
+
+        Args:
+            active: jobs by their outputs. List them before calling this: a run that ends in between
+                is then found to be finished.
+        """
         records = self.last_records()
         return {
-            name: self._standing(name, live.get(f"run {name}"), records) for name in self.plan.runs
+            name: self._run_state(name, active.get(f"run {name}"), records)
+            for name in self.plan.runs
         }
 
-    def _standing(
-        self, name: str, live: Live | None, records: Mapping[str, Record | None]
-    ) -> Standing:
+    def _run_state(
+        self, name: str, job: ActiveJob | None, records: Mapping[str, Record | None]
+    ) -> RunState:
         record = records.get(name)
         if finished(self.outputs / name):
-            return Standing("finished", record)
-        if live:
-            begun = Record.read(live.array / f"{live.index}.json")
-            if live.state != "ending" or begun is None or begun.state == "running":
-                state = "queued" if live.state == "queued" else "running"
-                return Standing(state, begun, live.job)
+            return RunState("finished", record)
+        if job:
+            begun = Record.read(job.array / f"{job.index}.json")
+            if job.state != "ending" or begun is None or begun.state == "running":
+                state = "queued" if job.state == "queued" else "running"
+                return RunState(state, begun, job.job)
         if is_locked(self.outputs / name / ".lock"):
-            return Standing("running", None, "started by hand")
+            return RunState("running", None, "started by hand")
         if record is not None:
-            return Standing("failed" if record.state == "failed" else "dead", record)
-        return Standing("dead" if name in records else "new")
+            return RunState("failed" if record.state == "failed" else "dead", record)
+        return RunState("dead" if name in records else "new")
 
 
 @contextmanager
-def dispatching(outputs: Path) -> Iterator[None]:
-    """One process at a time decides what is missing."""
+def dispatch_lock(outputs: Path) -> Iterator[None]:
+    """Let one process at a time decide which jobs are missing below ``outputs``.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
     folder = outputs / "sweeps"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -181,32 +203,18 @@ def dispatching(outputs: Path) -> Iterator[None]:
         yield
 
 
-def sweeps(outputs: Path) -> list[Sweep]:
-    """All of a folder's, the one that was dispatched last at the end."""
+def find_sweeps(outputs: Path) -> list[Sweep]:
+    """All sweeps below ``outputs``, the one that was dispatched last at the end."""
     files = sorted(outputs.glob("sweeps/*/plan.json"), key=lambda file: file.stat().st_mtime)
     return [Sweep(file.parent) for file in files]
 
 
-def by_gift(live: Iterable[Live]) -> dict[str, Live]:
-    """What each live task gives, to the task."""
+def by_output(active: Iterable[ActiveJob]) -> dict[str, ActiveJob]:
+    """Map every output that an active job will produce to the job."""
     tasks: dict[Path, list[Task]] = {}
     found = {}
-    for job in live:
+    for job in active:
         if job.array not in tasks:
             tasks[job.array] = read_tasks(job.array / "tasks.json")
-        found.update(dict.fromkeys(tasks[job.array][job.index].gives, job))
+        found.update(dict.fromkeys(tasks[job.array][job.index].outputs, job))
     return found
-
-
-def is_locked(file: Path) -> bool:
-    """Whether a process that this machine knows of holds the lock."""
-    if not file.exists():
-        return False
-    descriptor = os.open(file, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except OSError:
-        return True
-    finally:
-        os.close(descriptor)
-    return False

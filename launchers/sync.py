@@ -1,4 +1,4 @@
-"""Offline W&B runs to the server; a second call sends only what is new."""
+"""Send W&B runs that were kept offline to the server; a second call sends only new ones."""
 
 from __future__ import annotations
 
@@ -7,27 +7,30 @@ import subprocess
 import sys
 from pathlib import Path
 
-from launchers.wording import counted
 from mrpo_lab.errors import UserError
 from mrpo_lab.runs.tracking import wandb_mode
+from mrpo_lab.wording import format_count
 
 
 def sync(outputs: Path, parallel: int) -> int:
-    """Send what W&B has not marked as sent, many at once; the exit code of ``wandb sync``.
+    """Send the runs below ``outputs`` that W&B has not marked as sent, ``parallel`` at once.
+
+    Returns:
+        The exit code of ``wandb sync``.
 
     Raises:
-        UserError: there is no key or no server; W&B itself would try for hours.
+        UserError: there is no API key or no server; W&B itself would retry for hours.
     """
-    there = sorted({file.parent for file in outputs.glob("**/wandb/offline-run-*/*.wandb")})
-    unsent = [folder for folder in there if not list(folder.glob("*.wandb.synced"))]
-    already = counted(len(there) - len(unsent), "run")
+    found = sorted({file.parent for file in outputs.glob("**/wandb/offline-run-*/*.wandb")})
+    unsent = [folder for folder in found if not list(folder.glob("*.wandb.synced"))]
+    already = format_count(len(found) - len(unsent), "run")
     if not unsent:
         print(f"W&B: nothing to send, {already} sent before")
         return 0
-    os.environ.pop("WANDB_MODE", None)  # what keeps runs offline must not keep them here
+    os.environ.pop("WANDB_MODE", None)  # it kept the runs offline; now they are to be sent
     mode, reason = wandb_mode()
     if mode != "online":
-        raise UserError(f"W&B: {counted(len(unsent), 'run')} to send, but {reason}")
-    print(f"W&B: sending {counted(len(unsent), 'run')}, {already} sent before", flush=True)
+        raise UserError(f"W&B: {format_count(len(unsent), 'run')} to send, but {reason}")
+    print(f"W&B: sending {format_count(len(unsent), 'run')}, {already} sent before", flush=True)
     command = [sys.executable, "-m", "wandb", "sync", "-n", str(parallel), *map(str, unsent)]
     return subprocess.run(command, check=False).returncode

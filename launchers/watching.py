@@ -1,176 +1,198 @@
-"""How far a sweep is, once or until it ends."""
+"""Show how far a sweep is, once or until it ends."""
 
 from __future__ import annotations
 
 import os
-import shutil
 import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 
-from launchers.cluster import cancel, queue
-from launchers.sweep import STATES, Live, Record, Standing, Sweep, by_gift
+from rich.live import Live
+from rich.text import Text
+
+from launchers.queues import cancel, queue
+from launchers.sweep import STATES, ActiveJob, Record, RunState, Sweep, by_output
 from launchers.tasks import read_tasks
-from launchers.wording import counted, duration
+from mrpo_lab.console import show
+from mrpo_lab.wording import format_count, format_duration
 
-EVERY = 2.0
-"""Seconds between two looks; a log file gets a line when something has changed."""
-SHOWN = 12
-"""Most runs that one look lists."""
+INTERVAL = 2.0
+"""Seconds between two looks at a sweep that is watched."""
+MOST_RUNNING = 12
+"""Running runs that are listed by name; the others are counted."""
+STYLES = {"failed": "red", "dead": "red", "finished": "green", "running": "cyan"}
+"""Colors of states on a terminal."""
 
 
-def watch(sweep: Sweep, stop_with_me: bool = False) -> bool:
-    """Show a live table until no job of the sweep is left; whether all runs are finished.
+def watch(sweep: Sweep, cancel_on_interrupt: bool = False) -> bool:
+    """Show the sweep's status until none of its jobs is left.
 
-    ``stop_with_me``: Ctrl-C stops the sweep rather than only the watching.
+    A terminal has the whole status, live; elsewhere its first line is printed when it changes.
+
+    Args:
+        cancel_on_interrupt: Ctrl-C cancels the sweep's jobs, rather than only the watching.
+
+    Returns:
+        Whether all runs are finished.
     """
-    screen = Screen()
+    live = Live(auto_refresh=False) if sys.stdout.isatty() else None
+    printed = ""
     try:
-        while True:
-            live = of_sweep(sweep)
-            standings = sweep.standings(by_gift(live))
-            screen.show(status_lines(sweep, standings, live))
-            if not live:
-                break
-            time.sleep(EVERY)
+        with live or nullcontext():
+            while True:
+                active = active_jobs(sweep)
+                states = sweep.run_states(by_output(active))
+                lines = status_lines(sweep, states, active)
+                counts = lines[0].partition("; ")[0]  # without the time left, which always changes
+                if live:
+                    live.update(styled(lines), refresh=True)
+                elif counts != printed:
+                    print(lines[0], flush=True)
+                    printed = counts
+                if not active:
+                    break
+                time.sleep(INTERVAL)
     except KeyboardInterrupt:
-        if stop_with_me:
+        if cancel_on_interrupt:
             print("\nstopping: runs save themselves, and the same command goes on with them")
-            cancel([job for job in of_sweep(sweep) if sweep.submitted(job)])
+            cancel([job for job in active_jobs(sweep) if sweep.owns(job)])
         raise
-    return all(standing.state == "finished" for standing in standings.values())
+    return all(run.state == "finished" for run in states.values())
 
 
-class Screen:
-    """Overwrites its lines on a terminal; elsewhere prints the first when it changes."""
-
-    def __init__(self) -> None:
-        self._tall, self._last = 0, ""
-
-    def show(self, lines: Sequence[str]) -> None:
-        if sys.stdout.isatty():
-            up = f"\x1b[{self._tall}F\x1b[J" if self._tall else ""
-            wide = shutil.get_terminal_size().columns  # a line that wraps would be two
-            print(up + "\n".join(line[:wide] for line in lines), flush=True)
-            self._tall = len(lines)
-        elif lines[0].partition("; ")[0] != self._last:
-            self._last = lines[0].partition("; ")[0]
-            print(lines[0], flush=True)
+def styled(lines: Sequence[str]) -> Text:
+    """Status lines for a terminal, with colored states."""
+    text = Text("\n".join(lines))
+    for state, style in STYLES.items():
+        text.highlight_words([state], style)
+    return text
 
 
-def of_sweep(sweep: Sweep) -> list[Live]:
-    """The live tasks that concern a sweep: its own, and others' that give one of its runs."""
+def show_status(sweep: Sweep) -> None:
+    """Print how far the sweep is and what went wrong."""
+    active = active_jobs(sweep)
+    show(styled(status_lines(sweep, sweep.run_states(by_output(active)), active)))
+
+
+def active_jobs(sweep: Sweep) -> list[ActiveJob]:
+    """The sweep's active jobs, and those of other sweeps that produce its runs or scores."""
     plan = sweep.plan
     wanted = {f"run {name}" for name in plan.runs} | {f"scores {key}" for key in plan.scores}
-    live = queue(sweep.outputs)
-    concerned = {id(job) for gift, job in by_gift(live).items() if gift in wanted}
-    return [job for job in live if id(job) in concerned or sweep.submitted(job)]
+    active = queue(sweep.outputs)
+    concerned = {id(job) for output, job in by_output(active).items() if output in wanted}
+    return [job for job in active if id(job) in concerned or sweep.owns(job)]
 
 
 def status_lines(
-    sweep: Sweep, standings: Mapping[str, Standing], live: Sequence[Live]
+    sweep: Sweep, states: Mapping[str, RunState], active: Sequence[ActiveJob]
 ) -> list[str]:
-    """The first counts; the others name scores and runs that are under way or went wrong."""
-    counts = Counter(standing.state for standing in standings.values())
-    states = ", ".join(f"{counts[state]} {state}" for state in STATES if counts[state])
-    left = remaining(standings)
-    eta = f"; about {duration(left)} left" if left is not None else ""
+    """A line of counts, then lines on scores and runs that are running or went wrong."""
+    counts = Counter(run.state for run in states.values())
+    parts = ", ".join(f"{counts[state]} {state}" for state in STATES if counts[state])
+    left = seconds_left(states)
+    eta = f"; about {format_duration(left)} left" if left is not None else ""
     return [
-        f"{sweep.name}: {counted(len(standings), 'run')}: {states}{eta}",
-        *scoring(sweep, live),
-        *under_way(standings),
-        *held(live),
-        *wrong(sweep, standings),
+        f"{sweep.name}: {format_count(len(states), 'run')}: {parts}{eta}",
+        *scoring_lines(sweep, active),
+        *running_lines(states),
+        *hold_lines(active),
+        *failure_lines(sweep, states),
     ]
 
 
-def scoring(sweep: Sweep, live: Sequence[Live]) -> list[str]:
-    """References that are scored now, and those whose scoring went wrong."""
-    lines, alive = [], set()
-    for job in live:
+def scoring_lines(sweep: Sweep, active: Sequence[ActiveJob]) -> list[str]:
+    """References that are being scored, and those whose scoring failed."""
+    lines, titles = [], set()
+    for job in active:
         task = read_tasks(job.array / "tasks.json")[job.index]
         if task.kind == "score":
-            alive.add(task.title)
+            titles.add(task.title)
             lines.append(f"  {job.state:<8} {task.title}")
     for title, record in sweep.last_records().items():
-        if (
-            record
-            and title.startswith("score ")
-            and title not in alive
-            and record.state == "failed"
-        ):
+        if not title.startswith("score ") or title in titles:
+            continue
+        if record and record.state == "failed":
             lines.append(f"  failed   {title}: {record.error}")
     return lines
 
 
-def under_way(standings: Mapping[str, Standing]) -> list[str]:
-    running = [(name, s) for name, s in standings.items() if s.state == "running"]
-    shared = os.path.commonpath(standings) + "/" if len(standings) > 1 else ""
+def running_lines(states: Mapping[str, RunState]) -> list[str]:
+    """Running runs by name, without the folders that all runs share."""
+    running = [(name, run) for name, run in states.items() if run.state == "running"]
+    shared = os.path.commonpath(states) + "/" if len(states) > 1 else ""
     lines = []
-    for name, standing in running[:SHOWN]:
-        since = f" for {duration(time.time() - standing.record.began)}" if standing.record else ""
-        job = f" (job {standing.job})" if standing.job else ""
+    for name, run in running[:MOST_RUNNING]:
+        since = f" for {format_duration(time.time() - run.record.began)}" if run.record else ""
+        job = f" (job {run.job})" if run.job else ""
         lines.append(f"  running{since}{job}: {name.removeprefix(shared)}")
-    return lines + ([f"  ... and {len(running) - SHOWN} more"] if len(running) > SHOWN else [])
+    more = len(running) - MOST_RUNNING
+    return lines + ([f"  ... and {more} more"] if more > 0 else [])
 
 
-def held(live: Sequence[Live]) -> list[str]:
-    """Jobs that wait for a person."""
-    alike: dict[str, list[str]] = defaultdict(list)
-    for job in live:
-        if job.held:
-            alike[job.held].append(job.job)
+def hold_lines(active: Sequence[ActiveJob]) -> list[str]:
+    """Jobs that are on hold until a person releases them, by reason."""
+    by_reason: dict[str, list[str]] = defaultdict(list)
+    for job in active:
+        if job.hold_reason:
+            by_reason[job.hold_reason].append(job.job)
     return [
-        f"  {counted(len(jobs), 'job')} held ({reason}), to go on: scontrol release {jobs[0]}"
-        + (" ..." if len(jobs) > 1 else "")
-        for reason, jobs in alike.items()
+        f"  {format_count(len(jobs), 'job')} on hold ({reason}), to release: "
+        f"scontrol release {jobs[0]}" + (" ..." if len(jobs) > 1 else "")
+        for reason, jobs in by_reason.items()
     ]
 
 
-def wrong(sweep: Sweep, standings: Mapping[str, Standing]) -> list[str]:
-    """Runs that failed or died, those with the same error together."""
-    alike: dict[str, list[str]] = defaultdict(list)
+def failure_lines(sweep: Sweep, states: Mapping[str, RunState]) -> list[str]:
+    """Runs that failed or died, grouped by the reason."""
+    by_reason: dict[str, list[str]] = defaultdict(list)
     records = sweep.last_records()
-    for name, standing in standings.items():
-        if standing.state in ("failed", "dead"):
-            alike[why(sweep, name, standing, records)].append(name)
+    for name, run in states.items():
+        if run.state in ("failed", "dead"):
+            by_reason[failure_reason(sweep, name, run, records)].append(name)
     lines = []
-    for reason, names in alike.items():
+    for reason, names in by_reason.items():
         lines += [f"  {len(names)} x {reason}", *(f"      {name}" for name in names[:3])]
         lines += [f"      ... and {len(names) - 3} more"] if len(names) > 3 else []
-    if alike:
+    if by_reason:
         lines.append(
             f"  python -m launchers logs RUN shows what happened, retry {sweep.name} tries again"
         )
     return lines
 
 
-def why(sweep: Sweep, name: str, standing: Standing, records: Mapping[str, Record | None]) -> str:
-    record = standing.record
+def failure_reason(
+    sweep: Sweep, name: str, run: RunState, records: Mapping[str, Record | None]
+) -> str:
+    """Why a failed or dead run is not finished, in one line."""
+    record = run.record
     if record is None:
         plan = sweep.plan
         slugs = dict.fromkeys(plan.scores[key]["slug"] for key in plan.runs[name]["scores"])
         failed = [s for s in slugs if (r := records.get(f"score {s}")) and r.state == "failed"]
         return f"dead: scoring {', '.join(failed)} failed" if failed else "dead before it began"
-    if standing.state == "failed" or record.state == "cancelled":
-        return f"{standing.state}: {record.error}"
+    if run.state == "failed" or record.state == "cancelled":
+        return f"{run.state}: {record.error}"
     if record.state == "left":
         return "dead: saved itself and was not started again"
     return f"dead: killed on {record.host} (job {record.job})"
 
 
-def remaining(standings: Mapping[str, Standing]) -> float | None:
-    """Seconds, from how long finished jobs took and how many run at once; None if unknown."""
-    took = [
+def seconds_left(states: Mapping[str, RunState]) -> float | None:
+    """Estimate the seconds until all runs have ended, from how long finished jobs took.
+
+    None while no job has finished or none is running.
+    """
+    durations = [
         record.ended - record.began
-        for standing in standings.values()
-        if (record := standing.record) and record.state == "done" and record.ended
+        for run in states.values()
+        if (record := run.record) and record.state == "done" and record.ended
     ]
-    running = [s for s in standings.values() if s.state == "running"]
-    queued = sum(standing.state == "queued" for standing in standings.values())
-    if not took or not running:
+    running = [run for run in states.values() if run.state == "running"]
+    queued = sum(run.state == "queued" for run in states.values())
+    if not durations or not running:
         return None
-    mean, now = sum(took) / len(took), time.time()
-    begun = sum(max(0.0, mean - (now - s.record.began)) for s in running if s.record)
+    mean, now = sum(durations) / len(durations), time.time()
+    begun = sum(max(0.0, mean - (now - run.record.began)) for run in running if run.record)
     return max((queued * mean + begun) / len(running), 1.0)

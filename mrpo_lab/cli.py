@@ -8,6 +8,8 @@ import re
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import ParamSpec
 
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig
@@ -15,6 +17,8 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 
 from mrpo_lab.errors import UserError
 from mrpo_lab.progress import quiet_libraries
+
+Parameters = ParamSpec("Parameters")
 
 GRACE = 20.0
 """Seconds for the main process to close a failed run before another process exits."""
@@ -50,6 +54,25 @@ def run_cli(hydra_main: Callable[[], object]) -> None:
     except KeyboardInterrupt:
         fail("interrupted: the same command goes on from the last checkpoint")
         sys.exit(130)
+
+
+def exit_on_user_error(main: Callable[Parameters, int]) -> Callable[Parameters, int]:
+    """Decorate a program's main function, which returns the exit code.
+
+    A ``UserError`` is printed as one line on stderr and becomes exit code 2; Ctrl-C becomes 130.
+    """
+
+    @wraps(main)
+    def wrapped(*args: Parameters.args, **kwargs: Parameters.kwargs) -> int:
+        try:
+            return main(*args, **kwargs)
+        except UserError as error:
+            fail(str(error))
+            return 2
+        except KeyboardInterrupt:
+            return 130
+
+    return wrapped
 
 
 def fail(message: str) -> None:

@@ -22,7 +22,8 @@ RESERVED = {"_target_", "_partial_", "_convert_", "_recursive_", "_args_"}
 
 
 def use_public_names(cfg: DictConfig | ListConfig) -> None:
-    """Rewrite each ``_target_`` of this project to its public name, in place.
+    """Rewrite each ``_target_`` of this project to its public name, in place, and ``kernels: off``,
+    which YAML reads as false, to the word.
 
     ``mrpo_lab.losses.mdpo``, as saved before modules moved, becomes ``mrpo_lab.mdpo``. Targets that
     are not public stay as they are.
@@ -38,6 +39,8 @@ def use_public_names(cfg: DictConfig | ListConfig) -> None:
             path = str(cfg[key]).split(".")
             if path[0] == "mrpo_lab" and path[-1] in mrpo_lab.__all__:
                 cfg[key] = f"mrpo_lab.{path[-1]}"
+        elif key == "kernels" and cfg[key] is False:
+            cfg[key] = "off"
 
 
 def check(cfg: DictConfig) -> dict[str, Any]:

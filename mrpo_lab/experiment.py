@@ -19,14 +19,14 @@ from mrpo_lab.data.dataset import Dataset, Prepared, describe
 from mrpo_lab.data.texts import Item
 from mrpo_lab.errors import UserError
 from mrpo_lab.models.policy import PolicyConfig
-from mrpo_lab.models.references import ReferenceSet
+from mrpo_lab.models.references import ReferenceScores, ReferenceSet
 from mrpo_lab.objective.aspect_weighting import LambdaSampler
 from mrpo_lab.objective.losses import PreferenceLoss
+from mrpo_lab.objective.scores import Scores
 from mrpo_lab.objective.weighting import Weighting
 from mrpo_lab.runs.folder import Run
-from mrpo_lab.runs.summary import summary
+from mrpo_lab.runs.summary import print_summary
 from mrpo_lab.runs.tracking import LocalTracker, Tracker
-from mrpo_lab.scoring.packing import longest_and_median
 from mrpo_lab.seeding import Seeds
 from mrpo_lab.storage.hub import NotAtHandError, missing
 from mrpo_lab.training.config import TrainConfig
@@ -54,7 +54,7 @@ def run_experiment(
     resolved = configs.check(cfg)
     run = Run.open(Path(cfg.outputs), name, resolved)
     if run.result:
-        print(summary(run.folder, run.result), flush=True)
+        print_summary(run.folder, run.result)
         return run.result
     workers = Workers.start()
     with run.locked() if workers.is_main else nullcontext():
@@ -63,7 +63,7 @@ def run_experiment(
         result = experiment.train(recorder, interruption)
         workers.wait()
     if workers.is_main:
-        print(summary(run.folder, result), flush=True)
+        print_summary(run.folder, result)
     return result
 
 
@@ -135,12 +135,10 @@ class Experiment:
         prepared = self.prepare()
         if self.threads is not None:  # only from here on: building tiny7 uses all cores
             torch.set_num_threads(self.threads)
-        data = self.data(prepared)
+        refs, findings = self.reference_scores(prepared)
+        data = self.data(prepared, refs)
         policy = self.model.build(self.workers.device, self.seeds.value("init"))
         mean_lambda = self.sampler.mean_lambda(prepared.labels.aspects)
-        lengths = self.model.tokenization.lengths(prepared.items, prepared.ids)
-        typical = longest_and_median(lengths.prompt.max(-1) + lengths.reply.sum(-1))
-        policy.scorer.check_packing(data.tokens.rows(typical, mean_lambda))
         trainer = Trainer(
             config=self.config,
             policy=policy,
@@ -172,7 +170,7 @@ class Experiment:
             epochs=self.config.epochs,
             trade_off=trade_off,
             counts=prepared.counts,
-            findings=self.references.findings,
+            findings=findings,
             setup_seconds=time.monotonic() - began - trainer.state.seconds,
             peak_memory_gib=peak_memory() / 2**30,
             samples=[
@@ -224,14 +222,23 @@ class Experiment:
         with named("loss.link"):
             self.loss.check(labels.targets.shape[-1])
 
-    def data(self, prepared: Prepared, conditioned: bool | None = None) -> Data:
-        """Everything the training loop needs; reference scores that are not stored are computed.
+    def reference_scores(self, prepared: Prepared) -> ReferenceScores:
+        """Reference scores of the pool, and the gate's findings; what is not stored is computed.
+
+        Raises:
+            UserError: a check of the gate failed and ``reference_set.gate`` is stop.
+        """
+        items, ids, device = prepared.items, prepared.ids, self.workers.device
+        return self.workers.main_first(lambda: self.references.scores(items, ids, device))
+
+    def data(self, prepared: Prepared, refs: Scores, conditioned: bool | None = None) -> Data:
+        """Everything the training loop needs.
 
         Args:
+            refs: reference scores (N, K, R) of the pool.
             conditioned: whether the policy is given lambda in its prompt (default: as configured).
         """
-        items, device = prepared.items, self.workers.device
-        refs = self.workers.main_first(lambda: self.references.scores(items, prepared.ids, device))
+        items = prepared.items
         conditioned = self.sampler.condition if conditioned is None else conditioned
         tokenization, aspects = self.model.tokenization, prepared.labels.aspects
         return Data(

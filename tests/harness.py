@@ -23,9 +23,10 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from launchers.cluster import Cluster, build
+from launchers.cluster import Cluster
 from launchers.composing import Composer
-from launchers.rectangles import expand
+from launchers.grid import expand
+from launchers.profiles import build_cluster
 from mrpo_lab.experiment import run_experiment
 from mrpo_lab.training import state_file as checkpoint
 
@@ -60,14 +61,15 @@ class Opened:
         self.composer = Composer(self.loader, self.master)
 
     def runs(self, *arguments: str) -> list[list[str]]:
-        return expand(self.master.hydra.sweeper.rectangles, arguments, self.loader)
+        return expand(self.master.hydra.sweeper.grids, arguments, self.loader)
 
     def cluster(self) -> Cluster:
-        """That its launcher would dispatch to."""
+        """The cluster that the chosen launcher dispatches to."""
         settings = OmegaConf.to_container(self.master.hydra.launcher, resolve=True)
         assert isinstance(settings, dict)
         kind = str(settings.pop("_target_")).rpartition(".")[2].removesuffix("Launcher").lower()
-        return build({"cluster": kind, **{str(key): value for key, value in settings.items()}})
+        profile = {str(key): value for key, value in settings.items()}
+        return build_cluster({"cluster": kind, **profile})
 
 
 @dataclass(frozen=True)

@@ -201,7 +201,9 @@ class World:
         cfg = compose(*TINY, "protocol.batch_size=3", "optimizer.lr=1e-4")
         workers = Workers(0, 1, torch.device("cpu"))
         self.experiment = Experiment.build(cfg, workers)
-        self.data = self.experiment.data(self.experiment.prepare())
+        prepared = self.experiment.prepare()
+        refs = self.experiment.reference_scores(prepared).scores
+        self.data = self.experiment.data(prepared, refs)
         self.policy = self.experiment.model.build(workers.device, seed=0)
         self.initial = {n: p.detach().clone() for n, p in self.policy.trainable.items()}
         self.val = self.margins(self.data.val)

@@ -16,16 +16,16 @@ from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
 from launchers.job import answer_signals
-from launchers.nodes import Nodes, minutes, refuse_impossible
-from launchers.scores import billions, needs
-from launchers.slurm import Resources, Slurm, grouped
-from launchers.sweep import Plan, Record, Standing, Sweep
+from launchers.nodes import Nodes, Resources, minutes, refuse_impossible
+from launchers.scores import billions_of_parameters, required_scores
+from launchers.slurm import Slurm, grouped
+from launchers.sweep import Plan, Record, RunState, Sweep
 from launchers.tasks import Score
-from launchers.watching import remaining, status_lines
-from launchers.wording import duration
+from launchers.watching import seconds_left, status_lines
 from mrpo_lab.errors import UserError
 from mrpo_lab.runs.naming import run_name
 from mrpo_lab.training.interruption import Interruption
+from mrpo_lab.wording import format_duration
 
 pytest_plugins = ("surroundings",)
 pytestmark = pytest.mark.usefixtures("surroundings")
@@ -65,9 +65,9 @@ def test_names_told_from_few_compositions_are_those_of_the_single_command(sweep:
     few = runs[:: max(1, len(runs) // 4)]
     shared = [opened.composer.name(run) for run in runs]
     assert [shared[runs.index(run)] for run in few] == [real_name(run) for run in few]
-    sections = [opened.composer.composed(run).sections for run in few]
+    sections = [opened.composer.sections(run) for run in few]
     for run, found in zip(few, sections, strict=True):
-        whole = opened.composer.whole(run)
+        whole = opened.composer.full_config(run)
         assert found == {key: whole[key] for key in found}
 
 
@@ -142,16 +142,22 @@ def test_scores_are_needed_by_what_decides_them() -> None:
     opened = Opened()
 
     def keys(*overrides: str) -> dict[str, str]:
-        sections = opened.composer.composed([*TINY[:1], *overrides]).sections
-        return {need.slug: need.key for need in needs(sections)}
+        sections = opened.composer.sections([*TINY[:1], *overrides])
+        return {scores.slug: scores.key for scores in required_scores(sections)}
 
     plain = keys()
     assert len(plain) == 7
     assert keys("seed=s3", "loss=mrpo", "weighting=tsw") == plain  # the pool is the same
     assert keys("reference_set.gate=warn", "reference_set.token_budget=9") == plain
     assert keys("reference_set.use=[tiny-neox]") == {"tiny-neox": plain["tiny-neox"]}
-    for change in ("dataset.pairs=50", "reference_set.dtype=float64", "model.template=chatml"):
+    for change in (
+        "dataset.pairs=50",
+        "reference_set.dtype=float64",
+        "model.template=chatml",
+        "kernels=off",
+    ):
         assert not set(keys(change).values()) & set(plain.values()), change
+    assert keys("kernels=auto") == plain  # composed anew, after the other value of the key
 
 
 def test_data_that_changed_is_scored_again(tmp_path: Path) -> None:
@@ -162,9 +168,9 @@ def test_data_that_changed_is_scored_again(tmp_path: Path) -> None:
         "model": {"path": "a/b"},
         "reference_set": {"entries": [{"slug": "a", "path": "a/b"}]},
     }
-    (before,) = needs(sections)
+    (before,) = required_scores(sections)
     file.write_text("{}\n{}\n")
-    (after,) = needs(sections)
+    (after,) = required_scores(sections)
     assert before.key != after.key
 
 
@@ -182,7 +188,7 @@ def test_data_that_changed_is_scored_again(tmp_path: Path) -> None:
     ],
 )
 def test_size_of_a_model(slug: str, path: str, size: float) -> None:
-    assert billions(slug, path, {"phi3-medium": 14}) == size
+    assert billions_of_parameters(slug, path, {"phi3-medium": 14}) == size
 
 
 def profile(*overrides: str) -> Slurm:
@@ -255,19 +261,19 @@ def test_time_left_is_told_from_those_that_are_done(tmp_path: Path) -> None:
         return Record("t", state, "1", "h", "", 0, began, "", ended)
 
     now = time.time()
-    standings = {
-        "a": Standing("finished", record("done", 0, 100)),
-        "b": Standing("running", record("running", now - 40, None)),
-        "c": Standing("running", record("running", now - 70, None)),
-        "d": Standing("queued"),
-        "e": Standing("queued"),
+    states = {
+        "a": RunState("finished", record("done", 0, 100)),
+        "b": RunState("running", record("running", now - 40, None)),
+        "c": RunState("running", record("running", now - 70, None)),
+        "d": RunState("queued"),
+        "e": RunState("queued"),
     }
-    assert remaining(standings) == pytest.approx((200 + 60 + 30) / 2, abs=1)
-    assert remaining({"a": Standing("queued")}) is None
+    assert seconds_left(states) == pytest.approx((200 + 60 + 30) / 2, abs=1)
+    assert seconds_left({"a": RunState("queued")}) is None
     sweep = Sweep(tmp_path / "sweeps" / "s")
     sweep.folder.mkdir(parents=True)
-    sweep.keep(Plan())
-    assert status_lines(sweep, standings, [])[0] == (
+    sweep.write_plan(Plan())
+    assert status_lines(sweep, states, [])[0] == (
         "s: 5 runs: 1 finished, 2 running, 2 queued; about 2 min left"
     )
 
@@ -277,7 +283,7 @@ def test_time_left_is_told_from_those_that_are_done(tmp_path: Path) -> None:
     [(5, "5 s"), (150, "2 min"), (3600, "1 h 0 min"), (8000, "2 h 13 min"), (100000, "1 d 3 h")],
 )
 def test_durations(seconds: float, words: str) -> None:
-    assert duration(seconds) == words
+    assert format_duration(seconds) == words
 
 
 def test_forked_children_do_not_answer_the_cluster(tmp_path: Path) -> None:
@@ -378,7 +384,7 @@ def test_sweep_on_this_machine_survives_what_happens_to_a_run_and_to_itself(tmp_
     assert "stopping: runs save themselves, and the same command goes on" in out
     assert err.splitlines()[-1].startswith("error: interrupted")
     assert not training("s2")
-    states = {Path(n).name[:2]: each.state for n, each in sweep.standings({}).items()}
+    states = {Path(n).name[:2]: each.state for n, each in sweep.run_states({}).items()}
     assert states["s0"] == states["s2"] == "dead"
     left = [record and record.state for record in sweep.last_records().values()]
     assert left[-2] == "left"  # saved; the last task is gathering

@@ -17,6 +17,7 @@ from filelock import FileLock, Timeout
 from mrpo_lab.errors import UserError
 from mrpo_lab.runs.identity import difference
 from mrpo_lab.runs.provenance import provenance
+from mrpo_lab.runs.reading import finished, read_json, read_lines
 from mrpo_lab.storage.files import write_parquet, write_whole
 
 logger = logging.getLogger(__name__)
@@ -91,9 +92,8 @@ class Run:
         """Write the configuration and add this session to ``provenance.json``."""
         config = yaml.safe_dump(self.config, sort_keys=False)
         write_whole(self.folder / "config.yaml", config.encode())
-        path = self.folder / "provenance.json"
-        sessions = json.loads(path.read_text())["sessions"] if path.exists() else []
-        self._write_json(path.name, {"sessions": [*sessions, provenance()]})
+        sessions = read_json(self.folder / "provenance.json").get("sessions", [])
+        self._write_json("provenance.json", {"sessions": [*sessions, provenance()]})
         (self.folder / "result.json").unlink(missing_ok=True)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -104,9 +104,7 @@ class Run:
 
     def metrics(self) -> list[dict[str, float]]:
         """Read the lines of ``metrics.jsonl`` so far, without a last line that a kill cut off."""
-        path = self.folder / "metrics.jsonl"
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        return [json.loads(line) for line in lines if line.endswith("\n")]
+        return read_lines(self.folder / "metrics.jsonl")
 
     def rewind(self, step: int) -> list[dict[str, float]]:
         """Remove metrics after ``step``, whose steps will be run again, and return the others."""
@@ -130,10 +128,3 @@ class Run:
 
     def _write_json(self, name: str, content: dict[str, Any]) -> None:
         write_whole(self.folder / name, (json.dumps(content, indent=2) + "\n").encode())
-
-
-def finished(folder: Path) -> dict[str, Any] | None:
-    """``result.json`` of a run's folder if the run is finished, else None."""
-    path = folder / "result.json"
-    result: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    return result if result.get("status") == "finished" else None

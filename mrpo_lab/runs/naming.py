@@ -1,4 +1,5 @@
-"""The name of a run, a function of what was chosen: the same command finds its run again."""
+"""The name of a run: composed from what was chosen, so that the same command finds its run again,
+and parsed again from the path of its folder."""
 
 from __future__ import annotations
 
@@ -6,6 +7,8 @@ import hashlib
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from mrpo_lab.runs.identity import NO_CHANGE
 
@@ -43,6 +46,36 @@ def run_name(name: str, choices: Mapping[str, str | None], overrides: Sequence[s
     suffix = _file_name(",".join(f"{key}={value}" for key, value in sorted(values.items())))
     seed = f"{chosen['seed']}__{suffix}" if suffix else chosen["seed"]
     return "/".join([name, chosen["dataset"], chosen["model"], cell, seed])
+
+
+class RunPath(NamedTuple):
+    """The parts of a name that ``run_name`` composed."""
+
+    name: str
+    """It may have several parts itself, as ``study/first``."""
+    dataset: str
+    model: str
+    cell: str
+    seed: str
+
+
+def parse_run_name(text: str) -> RunPath | None:
+    """Split a run's name into its parts; None if ``run_name`` cannot have composed it."""
+    parts = text.split("/")
+    if len(parts) < len(RunPath._fields):
+        return None
+    return RunPath("/".join(parts[:-4]), *parts[-4:])
+
+
+def name_of_folder(folder: Path, config: Mapping[str, Any]) -> str:
+    """Name of the run in ``folder``, whose saved configuration is ``config``.
+
+    It is the end of the folder's path, from ``config["name"]`` on. A folder that was moved, so that
+    its path does not hold that name, is called by its last part alone.
+    """
+    given = str(config.get("name", "")).split("/")
+    parts = folder.parts[-4 - len(given) :]
+    return "/".join(parts) if list(parts[: len(given)]) == given else folder.name
 
 
 def _file_name(text: str) -> str:

@@ -1,4 +1,4 @@
-"""``test_pairs.parquet``: what runs are compared by, pair by pair, and how references acted."""
+"""``test_pairs.parquet``: margins on each test pair, by which runs are compared."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mrpo_lab.storage.files import write_parquet
 
 
 def pair_names(ids: np.ndarray) -> list[str]:
-    """A name for each row of reply ids (N, R): the same texts have the same one in all runs."""
+    """A name for each row of reply ids (N, R): the same texts have the same name in all runs."""
     return [hashlib.blake2b(row.tobytes(), digest_size=8).hexdigest() for row in ids]
 
 
@@ -42,11 +42,20 @@ def write_test_pairs(
     target: Tensor,
     loss: PreferenceLoss,
 ) -> None:
-    """A row a test pair. Margins are in nats per token; ``tokens`` is chosen minus rejected reply;
-    ``weight`` that of ``reference_weights`` under the trained policy.
+    """Write one row per test pair.
 
-    ``ids``: (N, R); ``refs``: (N, K, R); ``before``, ``after``: the policy's scores (N, R), all
-    with the same labels. Of a list, ``tokens`` is weighted as its margin is.
+    Columns: ``pair`` (its name), ``margin_before`` and ``margin`` (the policy's margin before and
+    after training), and for each reference its ``margin/SLUG``, ``weight/SLUG`` (see
+    ``reference_weights``, under the trained policy) and ``tokens/SLUG`` (length of the chosen reply
+    minus that of the rejected one, in the reference's own tokens; for a list weighted as its margin
+    is). Margins are in nats per token.
+
+    Args:
+        ids: reply ids (N, R).
+        slugs: names of the K references.
+        refs: scores (N, K, R) of the references.
+        before, after: scores (N, R) of the policy before and after training.
+        target: how much each reply is to be preferred (N, R).
     """
     columns: dict[str, object] = {
         "pair": pair_names(ids),

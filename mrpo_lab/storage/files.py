@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import uuid
 from pathlib import Path
@@ -26,3 +27,21 @@ def write_parquet(path: Path, table: pa.Table) -> None:
     buffer = pa.BufferOutputStream()
     pq.write_table(table, buffer)
     write_whole(path, buffer.getvalue().to_pybytes())
+
+
+def is_locked(file: Path) -> bool:
+    """Whether a process holds the lock on ``file``, as ``filelock.FileLock`` takes it.
+
+    A run's folder has such a file, ``.lock``. Processes on other machines count only where the file
+    system shares its locks. A file that does not exist is not locked.
+    """
+    if not file.exists():
+        return False
+    descriptor = os.open(file, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False

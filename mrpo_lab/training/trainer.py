@@ -200,7 +200,7 @@ class Trainer:
             The policy's scores of the whole batch, as they were before the step.
         """
         share = list(self.workers.share(len(rows)))
-        costs = [self.policy.scorer.cost(rows[i]) for i in share]
+        costs = self.policy.scorer.costs([rows[i] for i in share])
         scored, mine = [], []
         for group in balanced(costs, self.config.micro_batch_tokens):
             part = [share[i] for i in group]

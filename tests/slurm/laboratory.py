@@ -14,13 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
 
-import pytest
 from harness import ROOT, TINY, Outcome, train_py
 
 from launchers import __main__ as verbs
 from launchers import watching
-from launchers.cluster import queue
-from launchers.sweep import Live, Standing, Sweep, by_gift
+from launchers.queues import queue
+from launchers.sweep import ActiveJob, RunState, Sweep, by_output
 
 RESOURCES = (
     "hydra/launcher=slurm_cpu",
@@ -75,11 +74,11 @@ class Lab:
     def sweep(self, name: str) -> Sweep:
         return Sweep(self.outputs / "sweeps" / name)
 
-    def standings(self, name: str) -> dict[str, Standing]:
-        """By seed."""
+    def run_states(self, name: str) -> dict[str, RunState]:
+        """State of each run of a sweep, by seed."""
         sweep = self.sweep(name)
-        there = sweep.standings(by_gift(queue(self.outputs)))
-        return {Path(run).name.partition("__")[0]: each for run, each in there.items()}
+        states = sweep.run_states(by_output(queue(self.outputs)))
+        return {Path(name).name.partition("__")[0]: run for name, run in states.items()}
 
     def run(self, name: str, seed: str) -> Path:
         (run,) = [r for r in self.sweep(name).plan.runs if f"/{seed}__" in r]
@@ -87,10 +86,10 @@ class Lab:
 
     def wait(self, name: str, seconds: float = 600) -> bool:
         """Until no job of the sweep is left; whether all runs finished."""
-        until(lambda: not watching.of_sweep(self.sweep(name)), seconds)
+        until(lambda: not watching.active_jobs(self.sweep(name)), seconds)
         return watching.watch(self.sweep(name))
 
-    def held(self) -> list[Live]:
+    def active(self) -> list[ActiveJob]:
         return queue(self.outputs)
 
     @staticmethod
@@ -116,9 +115,8 @@ class Lab:
     def verb(self, *arguments: str) -> int:
         """``python -m launchers``; its exit code."""
         command = ["launchers", f"--outputs={self.outputs}", *arguments]
-        with mock.patch.object(sys, "argv", command), pytest.raises(SystemExit) as ended:
-            verbs.main()
-        return int(ended.value.code or 0)
+        with mock.patch.object(sys, "argv", command):
+            return verbs.main()
 
 
 def said(*command: str) -> str:

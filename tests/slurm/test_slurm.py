@@ -47,11 +47,11 @@ def test_two_stages_and_the_same_command_at_any_time(lab: Lab, timed: Lab) -> No
     asked = (*TWELVE_STEPS, "name=stages", "weighting=swcw", "seed=0,1")
     first = lab.dispatch(*asked)
     assert first.startswith("stages: 2 runs: 2 submitted")
-    held = {(job.array, job.index) for job in lab.held()}
+    held = {(job.array, job.index) for job in lab.active()}
     again = lab.dispatch(*asked)
     assert again.endswith("0 submitted")
     assert "2 queued" in again
-    assert {(job.array, job.index) for job in lab.held()} <= held
+    assert {(job.array, job.index) for job in lab.active()} <= held
     assert lab.wait("stages")
     assert lab.dispatch(*asked) == "stages: 2 runs: 2 finished, 0 submitted"
 
@@ -103,12 +103,12 @@ def test_every_disturbance_ends_like_an_undisturbed_run(
     urgent = ("sbatch", "-p", "urgent", "-c", "4", "-o", "/dev/null", "--wrap", "sleep 1")
     said(*urgent)  # takes the whole node of `cheap`
     until(lambda: steps(s2) > 3)
-    said("scontrol", "requeue", lab.standings("disturbed")["s2"].job)
+    said("scontrol", "requeue", lab.run_states("disturbed")["s2"].job)
     until(lambda: steps(s4) > 6)
-    lab.fail_node("n4", lab.standings("disturbed")["s4"].job)
+    lab.fail_node("n4", lab.run_states("disturbed")["s4"].job)
     assert not lab.wait("disturbed")
 
-    states = {seed: standing.state for seed, standing in lab.standings("disturbed").items()}
+    states = {seed: run.state for seed, run in lab.run_states("disturbed").items()}
     assert states == {"s0": "failed", "s1": "dead", **dict.fromkeys(("s2", "s3", "s4"), "finished")}
     failed = records(lab, "disturbed")[str(lab.run("disturbed", "s0").relative_to(lab.outputs))]
     assert failed is not None
@@ -155,7 +155,7 @@ def test_two_processes_of_a_node_train_one_run_and_resume(lab: Lab) -> None:
     lab.dispatch(*asked, two)
     run = lab.run("gpus", "s5")
     until(lambda: steps(run) > 3)
-    said("scancel", "--signal=USR2", lab.standings("gpus")["s5"].job)
+    said("scancel", "--signal=USR2", lab.run_states("gpus")["s5"].job)
     assert lab.wait("gpus")
     assert [s["processes"] for s in sessions(run)] == [2, 2]
     assert [s["job"]["visible_gpus"] for s in sessions(run)] == ["0,1", "0,1"]  # type: ignore[index]
@@ -185,7 +185,7 @@ def test_failed_scoring_stops_its_dependents_alone(
     lab.dispatch(*asked)
     lab.wait("torn")
     alone, both = lab.sweep("torn").plan.runs
-    states = {name: s.state for name, s in lab.sweep("torn").standings({}).items()}
+    states = {name: s.state for name, s in lab.sweep("torn").run_states({}).items()}
     assert states == {alone: "finished", both: "dead"}
     capsys.readouterr()
     lab.verb("status", "torn")
@@ -219,13 +219,13 @@ def driver(lab: Lab, *more: str) -> subprocess.Popen[str]:
     )
 
 
-def runs_held(lab: Lab) -> Counter[str]:
-    """How many live jobs each run has."""
+def active_runs(lab: Lab) -> Counter[str]:
+    """How many active jobs each run has."""
     return Counter(
-        gift
-        for job in lab.held()
-        for gift in read_tasks(job.array / "tasks.json")[job.index].gives
-        if gift.startswith("run ")
+        output
+        for job in lab.active()
+        for output in read_tasks(job.array / "tasks.json")[job.index].outputs
+        if output.startswith("run ")
     )
 
 
@@ -242,7 +242,7 @@ def test_250_runs_are_dispatched_in_seconds_and_in_chunks(
     second = time.monotonic() - began
     assert not err
     assert out.strip() == "many: 250 runs: 250 queued, 0 submitted"
-    held = runs_held(lab)
+    held = active_runs(lab)
     assert len(held) == 250
     assert set(held.values()) == {1}
     arrays = [len(read_tasks(folder / "tasks.json")) for folder in lab.sweep("many").arrays]
@@ -255,9 +255,9 @@ def test_250_runs_are_dispatched_in_seconds_and_in_chunks(
     assert sum(at_once) <= 64 + 3
     capsys.readouterr()
     assert lab.verb("status", "many") == 0
-    assert " jobs held (JobHeldUser), to go on: scontrol release " in capsys.readouterr().out
+    assert " jobs on hold (JobHeldUser), to release: scontrol release " in capsys.readouterr().out
     assert lab.verb("cancel", "many") == 0
-    assert not lab.held()
+    assert not lab.active()
     print(f"\n250 runs: {first:.1f} s, again: {second:.1f} s")
     assert first < 5
     assert second < 3
@@ -270,7 +270,7 @@ def test_two_drivers_at_once_submit_every_run_once(lab: Lab) -> None:
         "many: 250 runs: 250 queued, 0 submitted",
         "many: 250 runs: 250 submitted",
     ]
-    assert set(runs_held(lab).values()) == {1}
+    assert set(active_runs(lab).values()) == {1}
     lab.verb("cancel", "many")
 
 
@@ -281,28 +281,28 @@ def test_two_sweeps_share_the_runs_and_scores_that_both_ask_for(lab: Lab) -> Non
         "methods: 16 runs: 16 submitted, after 7 references to score"
     )
     assert lab.dispatch("sweep=paper", *asked) == "paper: 36 runs: 16 queued, 20 submitted"
-    held = runs_held(lab)
+    held = active_runs(lab)
     assert len(held) == 36
     assert set(held.values()) == {1}
     waiting = said("squeue", "-h", "-o", "%E").split()
     assert any(each.startswith("afterok:") for each in waiting)  # on the other sweep's scoring
     assert lab.verb("cancel", "paper") == 0
-    assert len(runs_held(lab)) == 16
+    assert len(active_runs(lab)) == 16
     lab.verb("cancel", "methods")
 
 
 def test_killed_driver_has_left_nothing_that_is_submitted_twice(lab: Lab) -> None:
     first = driver(lab)
-    until(lambda: bool(runs_held(lab)))
+    until(lambda: bool(active_runs(lab)))
     os.kill(first.pid, signal.SIGKILL)
     first.communicate()
-    before = len(runs_held(lab))
+    before = len(active_runs(lab))
     assert before > 0
     out, err = driver(lab).communicate()
     assert not err
     if before < 250:  # it died between two arrays
         assert f"{250 - before} submitted" in out
-    held = runs_held(lab)
+    held = active_runs(lab)
     assert len(held) == 250
     assert set(held.values()) == {1}
     lab.verb("cancel", "many")
@@ -328,7 +328,7 @@ IMPOSSIBLE = {
 @pytest.mark.parametrize(("asked", "why"), IMPOSSIBLE.values(), ids=IMPOSSIBLE.keys())
 def test_what_the_cluster_cannot_start_is_refused(lab: Lab, asked: list[str], why: str) -> None:
     assert why in lab.refused(*TWELVE_STEPS, "name=impossible", "seed=9", *asked)
-    assert not lab.held()
+    assert not lab.active()
 
 
 def test_time_that_is_up_is_followed_by_more(timed: Lab) -> None:
@@ -336,7 +336,7 @@ def test_time_that_is_up_is_followed_by_more(timed: Lab) -> None:
     run = timed.run("timed", "s6")
     until(lambda: len(sessions(run)) > 1)
     # A slow machine may need more than a session's half minute to its first step.
-    until(lambda: timed.grant_minutes(timed.standings("timed")["s6"].job, 20))
+    until(lambda: timed.grant_minutes(timed.run_states("timed")["s6"].job, 20))
     (timed.plants / "s6.slow").unlink()
     assert timed.wait("timed")
     asked = (*TWELVE_STEPS, "name=timed", "weighting=swcw", "seed=6")
