@@ -12,7 +12,7 @@ from mrpo_lab.embedded.synthetic import synthetic_rows
 
 @dataclass(kw_only=True)
 class SyntheticDataset(Dataset):
-    """Pairs from a synthetic world with a known preference and noisy labels; see ``synthetic.py``."""
+    """Pairs from a synthetic world with a known preference and noisy labels (``synthetic.py``)."""
 
     pairs: int
     """Number of pairs to generate."""
