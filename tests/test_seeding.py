@@ -18,7 +18,7 @@ indices = st.integers(0, 2**31)
 def test_is_a_pure_function_of_root_stream_and_index(
     root: int, stream: str, index: list[int]
 ) -> None:
-    """Whatever else was drawn in between."""
+    """A stream does not depend on what was drawn in between."""
     first, rng = Seeds(root).value(stream, *index), Seeds(root).rng(stream, *index)
     numbers = rng.random(4).tolist()
     Seeds(root + 1).rng(stream, *index).random(4)
