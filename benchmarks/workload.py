@@ -199,16 +199,25 @@ def forget_peak() -> None:
         torch.cuda.reset_peak_memory_stats()
 
 
-def matmul_peak(dtype: torch.dtype, device: torch.device) -> float:
-    """Operations per second of the fastest of several large matrix products."""
+def matmul_peak(dtype: torch.dtype, device: torch.device, seconds: float = 1.0) -> float:
+    """Operations per second of the fastest of several large matrix products.
+
+    Args:
+        seconds: time for products of one size. Some processors have no fast bfloat16 and take
+            minutes for a large product, so no size follows one whose first product took longer.
+    """
     best = 0.0
-    sizes = (1024, 2048) if device.type == "cpu" else (4096, 8192, 16384)
+    sizes = (256, 512, 1024, 2048) if device.type == "cpu" else (4096, 8192, 16384)
     for size in sizes:
         a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-        for _ in range(12):
+        first, took = time.perf_counter(), 0.0
+        while time.perf_counter() - first < seconds:
             wait(device)
             began = time.perf_counter()
             a @ b
             wait(device)
-            best = max(best, 2 * size**3 / (time.perf_counter() - began))
+            took = time.perf_counter() - began
+            best = max(best, 2 * size**3 / took)
+        if took > seconds:
+            break
     return best
