@@ -1,4 +1,4 @@
-"""The command line: what a user mistypes is answered in one line, and nothing is left behind."""
+"""The command line: a wrong argument is answered in one line, and no files are left behind."""
 
 import json
 import shutil

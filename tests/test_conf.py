@@ -1,4 +1,4 @@
-"""Every option of every group is what it says: it composes, is checked, builds, and trains."""
+"""Every option of every group composes, passes the check, builds, and trains as described."""
 
 import inspect
 import itertools
@@ -39,7 +39,7 @@ REQUIRED = {
     "weighting=fixed": ["weighting.weights=[1,2,3]"],
     "reference_set=custom": ["reference_set.entries=[{slug: a, path: a/b}]"],
 }
-"""What an option leaves for the user to say."""
+"""Keys that an option requires the user to set."""
 SECTIONS = (
     "dataset",
     "reference_set",
@@ -252,7 +252,7 @@ def loss_of(name: str, link: str, clip: str) -> Any:
 def alpha_by_hand(
     weighting: str, world: World, history: list[oracles.Matrix], now: oracles.Matrix, arm: float
 ) -> oracles.Matrix:
-    """Per pair, from METHODS.md."""
+    """The loss per pair, computed from its definition."""
     K = len(SLUGS)  # noqa: N806
     rules = {
         "uniform": lambda: oracles.uniform(K),

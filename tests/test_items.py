@@ -1,4 +1,4 @@
-"""Items on disk are the items that were written, and a million of them fit into little memory."""
+"""Spooled items equal the items that were written, and a million of them take little memory."""
 
 import gc
 import math
@@ -106,8 +106,10 @@ def test_no_list_has_two_replies(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("surroundings")
 def test_a_million_pairs_fit() -> None:
-    """Of the whole process, libraries included, by what each pair more takes. What a million really
-    take is measured by ``python -m benchmarks.memory``."""
+    """Extrapolate the peak memory of the whole process, libraries included, from two sizes.
+
+    ``python -m benchmarks.memory`` measures a million pairs directly.
+    """
     few, many = 5_000, 40_000
     small, large = (measure(pairs, "embedded:tiny7/tiny-qwen2") for pairs in (few, many))
     assert large.eligible == many

@@ -1,4 +1,4 @@
-"""Lists as data: the forms of rows, what is dropped and counted, and lists read as pairs."""
+"""Lists of rated replies: parsing, what is dropped and counted, and conversion to pairs."""
 
 import json
 import math

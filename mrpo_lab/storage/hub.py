@@ -36,7 +36,7 @@ def missing(absent: Sequence[NotAtHandError]) -> str:
     return (
         f"not in the hub's cache, and {absent[0].reason}: {names}. Give local copies: "
         "dataset.path=FOLDER_OR_FILE for the data; for a model its own path, or "
-        "MRPO_LAB_MODELS=FOLDER with FOLDER/ORGANISATION/NAME in it"
+        "MRPO_LAB_MODELS=FOLDER with FOLDER/ORGANIZATION/NAME in it"
     )
 
 
