@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 from harness import CONF, ROOT, TINY, Opened, assert_same, compose, read_json, train_py
@@ -119,6 +120,7 @@ def test_mistyped_option_of_a_sweep_is_one_line(tmp_path: Path) -> None:
     for arguments, why in (
         (["loss=mdpo,mrop"], "loss=mrop: no such option, did you mean mrpo?"),
         (["weighting=vaw,vav"], "weighting=vav: no such option, did you mean vaw?"),
+        (["seed=0,77"], "seed=s77: no such option, did you mean s7?"),
         (["loss.btea=1,2"], "loss.btea: no such key, did you mean beta?"),
         (["seed=0,1", "hydra.launcher.parallel=0"], "hydra.launcher.parallel: Input should be gre"),
         (["seed=0,1", "hydra.launcher.paralel=1"], "no such key, did you mean parallel?"),
@@ -152,6 +154,14 @@ def test_key_of_scores_depends_on_what_decides_them() -> None:
     assert keys("reference_set.use=[tiny-neox]") == {"tiny-neox": plain["tiny-neox"]}
     for change in ("dataset.pairs=50", "reference_set.dtype=float64", "model.template=chatml"):
         assert not set(keys(change).values()) & set(plain.values()), change
+
+
+def test_runs_that_differ_in_seeds_and_values_share_a_composition() -> None:
+    """Hydra takes 0.1 s for each, and 144 runs are to be dispatched in seconds."""
+    opened = Opened("sweep=paper")
+    with mock.patch.object(opened.composer, "_load", wraps=opened.composer._load) as load:
+        names = {opened.composer.name(run) for run in opened.runs("sweep=paper")}
+    assert (len(names), load.call_count) == (144, 18 * 2)  # methods on data sets
 
 
 def test_data_that_changed_is_scored_again(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Sweeps on a real SLURM. Whatever happens to a run, it ends with the numbers of an undisturbed run,
+"""Sweeps on a real SLURM. Whatever happens to a run, it ends with the numbers of an undisturbed one,
 and no finished run runs twice."""
 
 import json
