@@ -1,5 +1,5 @@
-"""Sweeps on a real SLURM. Whatever happens to a run, it ends with the numbers of an undisturbed one,
-and no finished run runs twice."""
+"""Sweeps on a real SLURM. Whatever happens to a run, it ends with the numbers of an undisturbed
+run, and no finished run runs twice."""
 
 import json
 import os
