@@ -1,4 +1,4 @@
-"""Which runs a sweep has, what they are called, and what happens to them on this machine."""
+"""The runs of a sweep, their names, their resources, and sweeps on this machine."""
 
 import os
 import re
@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 from harness import CONF, ROOT, TINY, Opened, assert_same, compose, read_json, train_py
@@ -39,7 +40,7 @@ def runs_of(sweep: str, *narrowed: str) -> list[list[str]]:
 
 
 def real_name(overrides: list[str]) -> str:
-    """By composing the run alone, as ``train.py`` does."""
+    """The name of a run that is composed by itself, as ``train.py`` does."""
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = hydra_compose("config", overrides=overrides, return_hydra_config=True)
@@ -47,19 +48,19 @@ def real_name(overrides: list[str]) -> str:
 
 
 @pytest.mark.parametrize("sweep", SWEEPS)
-def test_header_tells_how_many_runs_there_are(sweep: str) -> None:
+def test_header_states_the_number_of_runs(sweep: str) -> None:
     opened = Opened(f"sweep={sweep}")
     runs = opened.runs(f"sweep={sweep}")
     header = [line for line in SWEEPS[sweep].read_text().splitlines() if line.startswith("#")]
-    (told,) = re.findall(r"(\d+) runs", " ".join(header))
+    (stated,) = re.findall(r"(\d+) runs", " ".join(header))
     names = {opened.composer.name(run) for run in runs}
-    assert [int(told)] * 2 == [len(runs), len(names)]
+    assert [int(stated)] * 2 == [len(runs), len(names)]
     page = (ROOT / "docs" / "sweeps.md").read_text()
-    assert f"| `{sweep}` | {told} |" in page
+    assert f"| `{sweep}` | {stated} |" in page
 
 
 @pytest.mark.parametrize("sweep", SWEEPS)
-def test_names_told_from_few_compositions_are_those_of_the_single_command(sweep: str) -> None:
+def test_names_from_shared_compositions_are_those_of_the_single_command(sweep: str) -> None:
     opened = Opened(f"sweep={sweep}")
     runs = opened.runs(f"sweep={sweep}")
     few = runs[:: max(1, len(runs) // 4)]
@@ -119,6 +120,7 @@ def test_mistyped_option_of_a_sweep_is_one_line(tmp_path: Path) -> None:
     for arguments, why in (
         (["loss=mdpo,mrop"], "loss=mrop: no such option, did you mean mrpo?"),
         (["weighting=vaw,vav"], "weighting=vav: no such option, did you mean vaw?"),
+        (["seed=0,77"], "seed=s77: no such option, did you mean s7?"),
         (["loss.btea=1,2"], "loss.btea: no such key, did you mean beta?"),
         (["seed=0,1", "hydra.launcher.parallel=0"], "hydra.launcher.parallel: Input should be gre"),
         (["seed=0,1", "hydra.launcher.paralel=1"], "no such key, did you mean parallel?"),
@@ -138,7 +140,7 @@ def test_files_that_jobs_would_not_find_are_refused(tmp_path: Path) -> None:
     assert f"{tmp_path}/mine would not be there for jobs" in outcome.error
 
 
-def test_scores_are_needed_by_what_decides_them() -> None:
+def test_key_of_scores_depends_on_what_decides_them() -> None:
     opened = Opened()
 
     def keys(*overrides: str) -> dict[str, str]:
@@ -158,6 +160,14 @@ def test_scores_are_needed_by_what_decides_them() -> None:
     ):
         assert not set(keys(change).values()) & set(plain.values()), change
     assert keys("kernels=auto") == plain  # composed anew, after the other value of the key
+
+
+def test_runs_that_differ_in_seeds_and_values_share_a_composition() -> None:
+    """Hydra takes 0.1 s for each, and 144 runs are to be dispatched in seconds."""
+    opened = Opened("sweep=paper")
+    with mock.patch.object(opened.composer, "_load", wraps=opened.composer._load) as load:
+        names = {opened.composer.name(run) for run in opened.runs("sweep=paper")}
+    assert (len(names), load.call_count) == (144, 18 * 2)  # methods on data sets
 
 
 def test_data_that_changed_is_scored_again(tmp_path: Path) -> None:
@@ -228,7 +238,7 @@ def node(**values: Any) -> Nodes:
     return Nodes(**{**vars(like), **values})
 
 
-def test_each_need_may_be_met_by_some_node_and_all_by_none() -> None:
+def test_no_node_may_have_all_that_some_nodes_have_each() -> None:
     wanted = Resources(timeout_min=60, cpus=16, mem_gb=64, gpus=1)
     refuse_impossible("train", wanted, [node()])
     apart = [node(cpus=8), node(gpus={})]
@@ -256,7 +266,7 @@ def test_tasks_are_grouped_in_the_order_they_came() -> None:
     assert grouped([3, 1, 4, 1, 5], lambda n: n % 2) == [(1, [3, 1, 1, 5]), (0, [4])]
 
 
-def test_time_left_is_told_from_those_that_are_done(tmp_path: Path) -> None:
+def test_time_left_is_estimated_from_finished_runs(tmp_path: Path) -> None:
     def record(state: str, began: float, ended: float | None) -> Record:
         return Record("t", state, "1", "h", "", 0, began, "", ended)
 
@@ -356,8 +366,8 @@ def local(outputs: Path, *arguments: str) -> subprocess.Popen[str]:
 
 
 def test_sweep_on_this_machine_survives_what_happens_to_a_run_and_to_itself(tmp_path: Path) -> None:
-    """A run is killed, then Ctrl-C stops all; the same command ends it, and each run has the
-    numbers of the single command."""
+    """A run is killed, then Ctrl-C stops all runs; the same command again finishes the sweep, and
+    each run has the numbers of the single command."""
     outputs = tmp_path.resolve() / "outputs"
     # Long enough to be met in the middle, on a fast machine too.
     steps = ("protocol.batch_size=1", "train.epochs=20", "train.checkpoint_every=5")
@@ -367,7 +377,7 @@ def test_sweep_on_this_machine_survives_what_happens_to_a_run_and_to_itself(tmp_
     sweep = Sweep(outputs / "sweeps" / "here")
 
     def training(seed: str) -> list[int]:
-        """The process, once it has logged something."""
+        """Process ids of running runs with this seed that have logged a step."""
         return [
             int(record.job)
             for title, record in sweep.last_records().items()

@@ -1,4 +1,4 @@
-"""A laboratory on the cluster: what is dispatched, planted, waited for and seen there."""
+"""Helpers of the SLURM tests: dispatch sweeps, disturb their runs, wait for them, look at them."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ RUN = (
 
 @dataclass(frozen=True)
 class Lab:
-    """A folder of runs with its own plants; the store is the session's."""
+    """A folder of runs and of planted disturbances; the score store is shared by the session."""
 
     folder: Path
 
@@ -60,7 +60,7 @@ class Lab:
         return [*RESOURCES, *job, f"outputs={self.outputs}", *more]
 
     def dispatch(self, *more: str) -> str:
-        """``train.py -m``; the line that it says."""
+        """Run ``train.py -m``; return the line that it prints."""
         outcome = train_py("-m", *self.overrides(*more))
         assert outcome.code == 0, outcome.err
         assert not outcome.err, outcome.err
@@ -85,7 +85,7 @@ class Lab:
         return self.outputs / run
 
     def wait(self, name: str, seconds: float = 600) -> bool:
-        """Until no job of the sweep is left; whether all runs finished."""
+        """Wait until no job of the sweep is active; return whether all runs are finished."""
         until(lambda: not watching.active_jobs(self.sweep(name)), seconds)
         return watching.watch(self.sweep(name))
 
@@ -94,15 +94,20 @@ class Lab:
 
     @staticmethod
     def grant_minutes(job: str, minutes: int) -> bool:
-        """More time for a job, now and when it begins again; not while one that ended is cleaned
-        up."""
+        """Raise the time limit of a job, for later starts too; return whether SLURM accepted it.
+
+        It does not while it cleans up after the job.
+        """
         asked = ("scontrol", "update", f"jobid={job}", f"timelimit={minutes}")
         return subprocess.run(asked, capture_output=True, check=False).returncode == 0
 
     @staticmethod
     def fail_node(node: str, job: str) -> None:
-        """As by a power cut, after which it starts again. SLURM alone would first let the job's
-        processes live, and hold the job when they outlast its new beginning."""
+        """Fail a node as a power cut would, then resume it.
+
+        The job's processes are killed here because SLURM would leave them running, and would put
+        the job on hold if they outlast its new start.
+        """
         said("scontrol", "update", f"nodename={node}", "state=down", "reason=test")
         found = said("scontrol", "show", "job", "-o", job)
         processes = processes_of(found.partition("JobId=")[2].split()[0])
@@ -113,7 +118,7 @@ class Lab:
         said("scontrol", "update", f"nodename={node}", "state=resume")
 
     def verb(self, *arguments: str) -> int:
-        """``python -m launchers``; its exit code."""
+        """Run ``python -m launchers`` in this process; return its exit code."""
         command = ["launchers", f"--outputs={self.outputs}", *arguments]
         with mock.patch.object(sys, "argv", command):
             return verbs.main()
@@ -124,7 +129,7 @@ def said(*command: str) -> str:
 
 
 def processes_of(job: str) -> list[int]:
-    """SLURM's own that watch over the job's steps first."""
+    """Process ids of a job on this machine, those of SLURM that watch its steps first."""
     steps, others = [], []
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
@@ -143,13 +148,13 @@ def until(done: Callable[[], bool], seconds: float = 300) -> None:
 
 
 def steps(run: Path) -> int:
-    """Logged so far."""
+    """Number of steps logged so far."""
     file = run / "metrics.jsonl"
     return file.read_text().count("\n") if file.exists() else 0
 
 
 def undisturbed(folder: Path, *overrides: str) -> Path:
-    """``train.py`` alone, without any launcher; the run's folder."""
+    """Run ``train.py`` without a launcher; return the folder of the run."""
     outcome: Outcome = train_py(f"outputs={folder}", *overrides)
     assert outcome.code == 0, outcome.err
     (run,) = (path.parent for path in folder.rglob("result.json"))

@@ -1,4 +1,4 @@
-"""Python in the tests' jobs: runs what it is told to, but a run meets what was planted for it.
+"""Python in the tests' jobs: runs the given module, but disturbs runs as planted files say.
 
 A file in ``PLANTS`` is called ``SEED.STEP.WHAT``: ``raise`` or ``kill`` when that step is logged,
 once. ``SEED.slow`` holds seconds to sleep at every step, as long as it is there.

@@ -1,5 +1,5 @@
-"""Sweeps on a real SLURM. After whatever happened to it, a run has the numbers of an undisturbed
-one, and nothing that had finished has run twice."""
+"""Sweeps on a real SLURM. Whatever happens to a run, it ends with the numbers of an undisturbed
+run, and no finished run runs twice."""
 
 import json
 import os
@@ -33,8 +33,7 @@ def records(lab: Lab, name: str) -> dict[str, Record | None]:
 
 @pytest.fixture(scope="module")
 def timed(slurm: Path, tmp_path_factory: pytest.TempPathFactory) -> Lab:
-    """A run whose time is up a minute after it began, long before it is done. It is left to itself
-    until the last test."""
+    """A run whose time is up after a minute, long before it is done. The last test looks at it."""
     lab = Lab(tmp_path_factory.mktemp("timed"))
     lab.plants.mkdir()
     lab.plant("s6.slow", "8")
@@ -47,11 +46,11 @@ def test_two_stages_and_the_same_command_at_any_time(lab: Lab, timed: Lab) -> No
     asked = (*TWELVE_STEPS, "name=stages", "weighting=swcw", "seed=0,1")
     first = lab.dispatch(*asked)
     assert first.startswith("stages: 2 runs: 2 submitted")
-    held = {(job.array, job.index) for job in lab.active()}
+    submitted = {(job.array, job.index) for job in lab.active()}
     again = lab.dispatch(*asked)
     assert again.endswith("0 submitted")
     assert "2 queued" in again
-    assert {(job.array, job.index) for job in lab.active()} <= held
+    assert {(job.array, job.index) for job in lab.active()} <= submitted
     assert lab.wait("stages")
     assert lab.dispatch(*asked) == "stages: 2 runs: 2 finished, 0 submitted"
 
@@ -148,7 +147,7 @@ def log_of(lab: Lab, name: str, run: Path) -> list[str]:
 
 
 def test_two_processes_of_a_node_train_one_run_and_resume(lab: Lab) -> None:
-    """As many as GPUs; here without them, over gloo."""
+    """One process per GPU; here without GPUs, over gloo."""
     asked = (*TWELVE_STEPS, "name=gpus", "model.dtype=float64", "seed=5")
     two = "hydra.launcher.train={timeout_min: 20, cpus: 1, mem_gb: 1, gpus: 2, tasks: 2}"
     lab.plant("s5.slow", "1")
@@ -242,9 +241,9 @@ def test_250_runs_are_dispatched_in_seconds_and_in_chunks(
     second = time.monotonic() - began
     assert not err
     assert out.strip() == "many: 250 runs: 250 queued, 0 submitted"
-    held = active_runs(lab)
-    assert len(held) == 250
-    assert set(held.values()) == {1}
+    active = active_runs(lab)
+    assert len(active) == 250
+    assert set(active.values()) == {1}
     arrays = [len(read_tasks(folder / "tasks.json")) for folder in lab.sweep("many").arrays]
     assert max(arrays) == 100  # the cluster's MaxArraySize
     at_once = [
@@ -275,15 +274,15 @@ def test_two_drivers_at_once_submit_every_run_once(lab: Lab) -> None:
 
 
 def test_two_sweeps_share_the_runs_and_scores_that_both_ask_for(lab: Lab) -> None:
-    """Of the paper, whose models and data no test has: they are held."""
+    """Sweeps of the paper. No test has its models and data, so the jobs stay on hold."""
     asked = ("tracker=local", "hydra.launcher.options=[--hold]", "dataset=saferlhf", "seed=0,1")
     assert lab.dispatch("sweep=methods", *asked) == (
         "methods: 16 runs: 16 submitted, after 7 references to score"
     )
     assert lab.dispatch("sweep=paper", *asked) == "paper: 36 runs: 16 queued, 20 submitted"
-    held = active_runs(lab)
-    assert len(held) == 36
-    assert set(held.values()) == {1}
+    active = active_runs(lab)
+    assert len(active) == 36
+    assert set(active.values()) == {1}
     waiting = said("squeue", "-h", "-o", "%E").split()
     assert any(each.startswith("afterok:") for each in waiting)  # on the other sweep's scoring
     assert lab.verb("cancel", "paper") == 0
@@ -302,9 +301,9 @@ def test_killed_driver_has_left_nothing_that_is_submitted_twice(lab: Lab) -> Non
     assert not err
     if before < 250:  # it died between two arrays
         assert f"{250 - before} submitted" in out
-    held = active_runs(lab)
-    assert len(held) == 250
-    assert set(held.values()) == {1}
+    active = active_runs(lab)
+    assert len(active) == 250
+    assert set(active.values()) == {1}
     lab.verb("cancel", "many")
 
 
