@@ -130,12 +130,14 @@ class Dataset(ABC):
                     f"dataset.pool is {self.pool}, but only {len(keep)} pairs are eligible "
                     f"({describe(counts)}): lower pool, train, val and test"
                 )
-            # With numpy's legacy generator, as in the paper's code, to draw the same pool.
+            # With numpy's legacy generator, as in the authors' code. It seeds once and draws the
+            # pools of three data sets in turn; of these, only HelpSteer2's can be drawn again here.
             draw = np.random.RandomState(self.pool_seed).choice(len(keep), self.pool, replace=False)
             keep = keep[draw]
         pool = distinct[keep]
         splits = self._split(len(pool), rng)
-        counts["test_prompts_in_train"] = _shared_prompts(pool, splits)
+        counts["test_prompts_in_train"] = _in_train(pool.prompts, splits)
+        counts["test_pairs_in_train"] = _in_train(_as_keys(pool.ids), splits)
         return Prepared(pool, self.labels(pool), splits, dict(counts))
 
     def preprocess(self, items: Sequence[Item], counts: Counter[str]) -> Iterable[Item]:
@@ -239,16 +241,20 @@ def describe(counts: Mapping[str, int]) -> str:
 
 def _seen_before(ids: np.ndarray) -> np.ndarray:
     """Whether each row equals an earlier one, (N,)."""
-    rows = np.ascontiguousarray(ids).view(f"S{ids.itemsize * ids.shape[1]}").reshape(-1)
+    rows = _as_keys(ids)
     seen = np.ones(len(rows), dtype=bool)
     seen[np.unique(rows, return_index=True)[1]] = False
     return seen
 
 
-def _shared_prompts(items: Items, splits: Mapping[str, np.ndarray]) -> int:
-    """Number of test pairs whose prompt is also in the train split, and so is not new."""
-    trained, tested = (items.prompts[splits[name]] for name in ("train", "test"))
-    return int(np.isin(tested, trained).sum())
+def _as_keys(ids: np.ndarray) -> np.ndarray:
+    """Each row of ids (N, R) as one key, (N,)."""
+    return np.ascontiguousarray(ids).view(f"S{ids.itemsize * ids.shape[1]}").reshape(-1)
+
+
+def _in_train(keys: np.ndarray, splits: Mapping[str, np.ndarray]) -> int:
+    """Number of test pairs whose key is also that of a training pair, and so is not new."""
+    return int(np.isin(keys[splits["test"]], keys[splits["train"]]).sum())
 
 
 def _identical_after_truncation(

@@ -148,6 +148,7 @@ def _row(record: RunRecord, choice: RunChoice, named: set[str]) -> dict[str, Any
         "k": len(choice.references),
         "train_pairs": result.get("pairs", {}).get("train", np.nan),
         "test_pairs": result.get("pairs", {}).get("test", np.nan),
+        "pool": _pool(record),
         "test": _number(result.get("test/accuracy")),
         "val": _number(result.get("val/accuracy")),
         "base": _number(result.get("base/test_accuracy")),
@@ -155,6 +156,13 @@ def _row(record: RunRecord, choice: RunChoice, named: set[str]) -> dict[str, Any
         "steps": record.steps or result.get("steps", 0),
         "started": started[-1] if started else "",
     }
+
+
+def _pool(record: RunRecord) -> float:
+    """Number of pairs from which the splits of every seed are drawn; NaN if it is not known."""
+    drawn = record.config.get("dataset", {}).get("pool")
+    eligible = record.result.get("counts", {}).get("eligible")
+    return float(drawn or eligible or sum(record.result.get("pairs", {}).values()) or np.nan)
 
 
 def _number(value: Any) -> float:
