@@ -192,12 +192,12 @@ def comparison(frame: pd.DataFrame) -> ReportTable:
         "comparisons",
         "Methods against baselines",
         "Difference of test accuracies in points, method minus baseline, on the same seeds and "
-        "pairs. From, to: 95 % interval for another seed and other test pairs of the same pool; p: "
-        "its test, a t-test with seeds and prompts as crossed random effects; both from seeds alone "
-        "where the pairs are not known. Holm: p over all comparisons of the dataset. Detectable: "
+        "pairs. From, to: 95 % interval for another seed and other test pairs of the same pool. p: "
+        "the same as a t-test, seeds and prompts being crossed random effects; both from seeds "
+        "alone where pairs are not known. Holm: p over all comparisons of the dataset. Detectable: "
         "the smallest difference found with 80 % power at 0.05 over their number. p (pairs): exact "
-        "sign-flip test over other test pairs alone, for these trained models. p (seeds): corrected "
-        "resampled t-test, from the accuracy of each seed alone.",
+        "sign-flip test over other test pairs alone, for these trained models. p (seeds): "
+        "corrected resampled t-test, from the accuracy of each seed alone.",
         frame,
         {
             **ABOUT,
