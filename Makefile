@@ -34,10 +34,11 @@ test: env  ## Run all tests
 test-slurm: env  ## Run sweeps on a throw-away SLURM, as root on Debian (tests/slurm/cluster.py install)
 	$(BIN)/python -m pytest tests/slurm -n 0
 
-check: env  ## Lint, format and type-check
+check: env  ## Lint, format, type-check, and check which package imports which
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
 
 format: env  ## Mend what ruff can
 	$(BIN)/ruff check --fix .
@@ -54,4 +55,4 @@ lock:  ## Write requirements.lock anew from pyproject.toml, torch kept at its pi
 	rm -rf $(VENV)-lock
 
 clean:  ## Remove the environment and tool caches; outputs stay
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -16,7 +16,10 @@ CONF = str(Path(__file__).parent / "conf")
 
 @hydra.main(version_base="1.3", config_path=CONF, config_name="config")
 def train(cfg: DictConfig) -> float:
-    """Accuracy on the test split: what a sweeper would maximise."""
+    """Run one configuration and return its validation accuracy, which an optimizing sweeper reads.
+
+    The test accuracy is not returned: no hyperparameter may be chosen on the test split.
+    """
     from mrpo_lab.experiment import run_experiment
 
     hydra_config = HydraConfig.get()
@@ -24,7 +27,7 @@ def train(cfg: DictConfig) -> float:
     assert isinstance(overrides, list)
     name = run_name(str(cfg.name), hydra_config.runtime.choices, overrides)
     try:
-        return float(run_experiment(cfg, name)["test/accuracy"])
+        return float(run_experiment(cfg, name)["val/accuracy"])
     except UserError as error:
         fail(str(error))
         if hydra_config.mode == RunMode.RUN:

@@ -1,1 +1,1 @@
-"""How fast and how small, beside other programs on the same work. See README.md."""
+"""Benchmarks of speed and memory, beside other programs on the same work. See README.md."""

@@ -1,6 +1,6 @@
-"""``python -m benchmarks [FILE ...]``: this project and TRL, in turn, on the same pairs.
+"""``python -m benchmarks [FILE ...]``: speed and memory beside TRL on the same pairs.
 
-Every measurement is a fresh process. The numbers are compared before the times are.
+Every measurement is a process of its own. Log-probabilities are compared before times are printed.
 """
 
 from __future__ import annotations
@@ -14,28 +14,36 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from benchmarks.results import surroundings
-from benchmarks.work import Work, measure
+from benchmarks.results import print_table, surroundings
+from benchmarks.workload import Workload, measure
 
 TOKENS = {"float32": 512, "bfloat16": 1536}
-"""Tokens in a forward pass of ours. More are up to 7 % faster, and take more memory."""
-SAME = {"float32": 1e-5, "bfloat16": 0.05}
+"""Number of tokens in a forward pass of this project. More are up to 7 % faster and take more
+memory."""
+TOLERANCE = {"float32": 1e-5, "bfloat16": 0.05}
 """Largest relative difference of a pair's log-probabilities from the plain computation."""
 
 
 @dataclass(frozen=True)
 class Row:
+    """This project beside another program."""
+
     what: str
     ours: str
     theirs: str
     ratio: float
 
-    def __str__(self) -> str:
-        return f"| {self.what} | {self.ours} | {self.theirs} | {self.ratio:.2f} |"
+    def cells(self) -> list[str]:
+        """The comparison as a row of a table."""
+        return [self.what, self.ours, self.theirs, f"{self.ratio:.2f}"]
 
 
-def compare(work: Work) -> Iterator[Row]:
-    """Training, then scoring."""
+def compare(work: Workload) -> Iterator[Row]:
+    """Compare training, then scoring.
+
+    Raises:
+        SystemExit: log-probabilities differ from those of a plain computation.
+    """
     tokens = TOKENS[work.dtype]
     ours = measure("ours_training", tokens, work)
     assert ours["packs"]
@@ -46,7 +54,7 @@ def compare(work: Work) -> Iterator[Row]:
     yield speed(f"training, {name}", ours, best)
     yield memory(f"memory, {name}, TRL at its best", ours, best)
     yield memory(f"memory, {name}, TRL at micro-batch {work.batch}", ours, default)
-    # Shared machines change their speed by the minute: the faster of two readings.
+    # Shared machines change their speed by the minute, so the faster of two readings counts.
     peak = max(peak, measure("peak", 0, work)["flops_per_second"])
     share = ours["flops_per_second"] / peak
     yield Row(
@@ -59,13 +67,14 @@ def compare(work: Work) -> Iterator[Row]:
     plain = measure("plain_scoring", 2 * tokens, work)
     trl = measure("trl_scoring", 1, work)
     apart = difference(ours["logps"], plain["logps"])
-    if not apart < SAME[work.dtype]:
+    if not apart < TOLERANCE[work.dtype]:
         raise SystemExit(f"{name}: log-probabilities differ from the plain ones by {apart:.2g}")
     yield speed(f"scoring, {name}, beside TRL's", ours, trl)
     yield speed(f"scoring, {name}, beside plain batches", ours, plain)
 
 
 def difference(ours: list[list[float]], theirs: list[list[float]]) -> float:
+    """Largest relative difference between two sets of log-probabilities of pairs."""
     return max(
         abs(a - b) / abs(b)
         for mine, other in zip(ours, theirs, strict=True)
@@ -74,11 +83,13 @@ def difference(ours: list[list[float]], theirs: list[list[float]]) -> float:
 
 
 def speed(what: str, ours: dict[str, Any], theirs: dict[str, Any]) -> Row:
+    """Compare pairs per second; a ratio above 1 means that this project is faster."""
     a, b = ours["pairs_per_second"], theirs["pairs_per_second"]
     return Row(what, f"{a:.2f} pairs/s", f"{b:.2f} pairs/s", a / b)
 
 
 def memory(what: str, ours: dict[str, Any], theirs: dict[str, Any]) -> Row:
+    """Compare peak memory; a ratio below 1 means that this project takes less."""
     a, b = ours["peak_gib"], theirs["peak_gib"]
     return Row(what, f"{a:.2f} GiB", f"{b:.2f} GiB", a / b)
 
@@ -100,21 +111,24 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     options = arguments()
     rows: list[Row] = []
-    print("| what | this project | the other | ratio |\n| --- | --- | --- | --- |", flush=True)
-    for file in options.files:
-        work = Work(
-            data=file,
-            model=options.model,
-            dtype="float32",
-            max_tokens=options.max_tokens,
-            batch=options.batch,
-            steps=options.steps,
-            threads=options.threads,
-        )
-        for dtype in options.dtypes:
-            for row in compare(replace(work, dtype=dtype)):
-                rows.append(row)
-                print(row, flush=True)
+
+    def cells() -> Iterator[list[str]]:
+        for file in options.files:
+            work = Workload(
+                data=file,
+                model=options.model,
+                dtype="float32",
+                max_tokens=options.max_tokens,
+                batch=options.batch,
+                steps=options.steps,
+                threads=options.threads,
+            )
+            for dtype in options.dtypes:
+                for row in compare(replace(work, dtype=dtype)):
+                    rows.append(row)
+                    yield row.cells()
+
+    print_table(["what", "this project", "the other", "ratio"], cells())
     if options.out:
         content = {**surroundings(), "rows": [vars(row) for row in rows]}
         options.out.write_text(json.dumps(content, indent=2))

@@ -1,7 +1,7 @@
-"""``python -m benchmarks.gpu``: training and scoring on one GPU, beside TRL and its matmul peak.
+"""``python -m benchmarks.gpu``: training and scoring on one GPU, beside TRL and the matmul peak.
 
-Qwen2.5-0.5B's and Llama 3.1 8B's shapes with random weights, and pairs of random letters whose
-lengths are made up after SafeRLHF's and UltraFeedback's: no hub, no real data.
+Models have the shapes of Qwen2.5-0.5B and Llama 3.1 8B, and random weights. Pairs are random
+letters with lengths that resemble those of SafeRLHF and UltraFeedback: no hub, no real data.
 """
 
 from __future__ import annotations
@@ -18,39 +18,39 @@ import torch
 from transformers import PreTrainedConfig
 
 from benchmarks.results import Result, report
-from benchmarks.shapes import LLAMA_8B, PROFILES, QWEN_HALF_B, Profile, toy, write_model
-from benchmarks.work import Work, forget_peak, measure
+from benchmarks.synthetic_models import LLAMA_8B, PROFILES, QWEN_HALF_B, Profile, toy, write_model
+from benchmarks.workload import Workload, forget_peak, measure
 
 ROWS = {"lora": None, "qlora": "nf4", "scoring": None}
-"""What there is to measure, and how the weights are quantised for it."""
+"""What can be measured, and the quantization of its weights."""
 TOKENS = 8192
-"""The smallest token budget that is tried; the largest is eight times that."""
+"""Smallest number of tokens in a pass that is tried; the largest is eight times that."""
 TRAINED, EVALUATED = 5000, 11 * 2000
-"""Pairs that a trial of the protocol trains on, and those scored before and in ten evaluations."""
+"""Number of pairs that a trial of the protocol trains on, and that its 11 evaluations score."""
 LONG = ("logps", "ref_logps", "losses")
-"""What contestants say to be compared, not to be read."""
+"""Long lists in the numbers of a measurement, which are left out of the report."""
 
 
 @dataclass(frozen=True)
 class Bench:
-    """What is measured and where its files are; in full on a GPU, or at a toy size."""
+    """The measurements and the folder of their files: in full on a GPU, or at a toy size."""
 
     folder: Path
     toy: bool
     said: dict[str, Any] = field(default_factory=dict)
-    """All that the contestants said."""
+    """The numbers of all measurements, by name."""
 
-    def work(self, profile: Profile, config: PreTrainedConfig, batch: int) -> Work:
-        """Steps of ``batch`` pairs after ``profile`` for a model of this shape."""
+    def work(self, profile: Profile, config: PreTrainedConfig, batch: int) -> Workload:
+        """Steps of ``batch`` pairs with the lengths of ``profile``, for a model of this shape."""
         longest, scale, batch, steps = (64, 0.1, 2, 1) if self.toy else (1024, 1.0, batch, 3)
         model, file = self.folder / config.model_type, self.folder / f"{profile.name}.jsonl"
         if self.toy:
             config = toy(config)
         if not model.exists():
             write_model(config, model, torch.device("cpu" if self.toy else "cuda"))
-            forget_peak()  # the contestants need the memory
+            forget_peak()  # measurements need the memory
         profile.write(file, batch * (steps + 1), longest, scale)
-        return Work(
+        return Workload(
             data=str(file),
             model=str(model),
             dtype="bfloat16",
@@ -60,14 +60,16 @@ class Bench:
             threads=1 if self.toy else os.cpu_count() or 1,
         )
 
-    def measure(self, what: str, who: str, size: int, work: Work) -> dict[str, Any]:
-        numbers = measure(who, size, work)
-        kept = {name: value for name, value in numbers.items() if name not in LONG}
-        self.said[f"{what}: {who} {size}"] = kept
+    def measure(self, what: str, name: str, size: int, work: Workload) -> dict[str, Any]:
+        """Run a measurement and keep its numbers under ``what``."""
+        numbers = measure(name, size, work)
+        kept = {key: value for key, value in numbers.items() if key not in LONG}
+        self.said[f"{what}: {name} {size}"] = kept
         return numbers
 
     def training(self, profile: Profile, row: str) -> Iterator[Result]:
-        """The best of some token budgets, with and without gradient checkpointing."""
+        """Training with the fastest number of tokens in a pass, with or without gradient
+        checkpointing, beside TRL with its fastest micro-batch."""
         name = f"{row}, {profile.name}"
         work = self.work(profile, QWEN_HALF_B, profile.batch)
         work = replace(work, quantization=ROWS[row])
@@ -89,7 +91,7 @@ class Bench:
         yield Result(f"{name}: a trial, projected", minutes, "min", at_most=profile.minutes)
 
     def scoring(self, profile: Profile) -> Iterator[Result]:
-        """A reference of 8B parameters."""
+        """Scoring by a reference of 8B parameters, with the fastest number of tokens in a pass."""
         name = f"scoring 8B, {profile.name}"
         work = self.work(profile, LLAMA_8B, 200)
         peak = self.measure(name, "peak", 0, work)["flops_per_second"]
@@ -100,6 +102,7 @@ class Bench:
         yield Result(f"{name}: 2 N a token, of {peak / 1e12:.3g} TFLOP/s", share, "%", at_least=55)
 
     def results(self, rows: list[str], profiles: list[str]) -> Iterator[Result]:
+        """All results of the chosen rows and profiles."""
         for row in rows:
             for profile in PROFILES:
                 if profile.name in profiles:

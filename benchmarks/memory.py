@@ -1,8 +1,8 @@
-"""``python -m benchmarks.memory [PAIRS ...]``: what a process takes that prepares so many pairs.
+"""``python -m benchmarks.memory [PAIRS ...]``: peak memory of preparing so many pairs.
 
-From rows to splits as a run does it: read, tokenized (nothing is in the store yet) and filtered,
-all eligible pairs the pool. Every count is a fresh process with all that a run imports. A million
-pairs take six minutes on a core.
+Pairs are read, tokenized (with an empty store), filtered and split as a run does it, and all
+eligible ones are the pool. Each number of pairs is a process of its own that imports what a run
+imports. A million pairs take six minutes on one core.
 """
 
 from __future__ import annotations
@@ -21,24 +21,27 @@ from typing import NamedTuple
 import numpy as np
 
 BYTES = 1.5e9
-"""What a million pairs may take, libraries included."""
+"""The target: most bytes that a million pairs may take, libraries included."""
 
 
-class Taken(NamedTuple):
+class Usage(NamedTuple):
+    """Memory and time of preparing pairs."""
+
     before: int
-    """Bytes, at most, of the imported libraries."""
+    """Peak bytes after importing libraries."""
     peak: int
-    """Bytes, at most, of the whole process."""
+    """Peak bytes of the whole process."""
     eligible: int
+    """Number of pairs that pass the filters."""
     seconds: float
-    """Of its processor time, imports left out."""
+    """Processor time without imports."""
 
 
-def measure(pairs: int, model: str) -> Taken:
-    """In a fresh process.
+def measure(pairs: int, model: str) -> Usage:
+    """Prepare so many pairs in a process of its own.
 
     Raises:
-        SystemExit: it failed, with what it said.
+        SystemExit: the process failed; its errors are on stderr.
     """
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.memory", str(pairs), "--model", model, "--here"],
@@ -48,11 +51,11 @@ def measure(pairs: int, model: str) -> Taken:
     )
     if done.returncode:
         raise SystemExit(f"{pairs} pairs: failed")
-    return Taken(*json.loads(done.stdout.splitlines()[-1]))
+    return Usage(*json.loads(done.stdout.splitlines()[-1]))
 
 
-def prepare(pairs: int, model: str) -> Taken:
-    """In this process."""
+def prepare(pairs: int, model: str) -> Usage:
+    """Prepare so many pairs in this process."""
     from mrpo_lab.progress import quiet_libraries
 
     quiet_libraries()
@@ -67,11 +70,11 @@ def prepare(pairs: int, model: str) -> Taken:
     with TemporaryDirectory(dir=cache.root()) as empty:
         os.environ["MRPO_LAB_CACHE"] = empty
         prepared = dataset.prepare(dataset.read(), [tokenization], np.random.default_rng(0))
-    return Taken(before, peak(), len(prepared.items), time.process_time() - began)
+    return Usage(before, peak(), len(prepared.items), time.process_time() - began)
 
 
 def peak() -> int:
-    """Most bytes that this process held since it began; its parent's do not count."""
+    """Peak bytes of this process, without those of its parent."""
     found = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())
     assert found, "this needs Linux"
     return 1024 * int(found[1])
@@ -86,12 +89,22 @@ def main() -> None:
     if options.here:
         print(json.dumps(prepare(options.pairs[0], options.model)))
         return
-    print("| pairs | eligible | peak memory | of it libraries | seconds |", flush=True)
-    print("| --- | --- | --- | --- | --- |", flush=True)
-    for pairs in options.pairs:
-        found = measure(pairs, options.model)
-        sizes = f"{found.peak / 1e9:.2f} GB | {found.before / 1e9:.2f} GB"
-        print(f"| {pairs:,} | {found.eligible:,} | {sizes} | {found.seconds:.0f} |", flush=True)
+    from benchmarks.results import print_table  # it imports torch, which must not count above
+
+    used = ((pairs, measure(pairs, options.model)) for pairs in options.pairs)
+    print_table(
+        ["pairs", "eligible", "peak memory", "of it libraries", "seconds"],
+        (
+            [
+                f"{pairs:,}",
+                f"{usage.eligible:,}",
+                f"{usage.peak / 1e9:.2f} GB",
+                f"{usage.before / 1e9:.2f} GB",
+                f"{usage.seconds:.0f}",
+            ]
+            for pairs, usage in used
+        ),
+    )
 
 
 if __name__ == "__main__":

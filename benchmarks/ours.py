@@ -1,4 +1,4 @@
-"""This project, run and measured from outside."""
+"""This project's trainer without a configuration, and a clock for its functions."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from omegaconf import DictConfig
 
-from benchmarks.work import BETA
+from benchmarks.workload import BETA
 from mrpo_lab.data.texts import TokenRow
 from mrpo_lab.models.policy import Policy
 from mrpo_lab.objective.aspect_weighting import FixedLambda
@@ -27,7 +27,8 @@ from mrpo_lab.runs.folder import Run
 from mrpo_lab.runs.tracking import LocalTracker
 from mrpo_lab.seeding import Seeds
 from mrpo_lab.training.config import TrainConfig
-from mrpo_lab.training.evaluation import Data
+from mrpo_lab.training.inputs import Data, PolicyTokens
+from mrpo_lab.training.recorder import Recorder
 from mrpo_lab.training.trainer import Trainer
 from mrpo_lab.training.workers import Workers
 
@@ -36,7 +37,7 @@ DPO = PreferenceLoss(combine=dpo, link=logistic, clip=no_clip, beta=BETA, length
 
 
 def compose(overrides: Sequence[str]) -> DictConfig:
-    """What ``train.py OVERRIDE ...`` would run."""
+    """The configuration that ``train.py OVERRIDE ...`` would run."""
     with hydra.initialize_config_dir(CONF, version_base="1.3"):
         return hydra.compose("config", overrides=list(overrides))
 
@@ -51,53 +52,64 @@ def trainer_of(
     loss: PreferenceLoss = DPO,
     splits: tuple[int, int] | None = None,
 ) -> Iterator[Trainer]:
-    """A trainer in a folder that is thrown away, without a configuration.
+    """A trainer ready for its first step, in a temporary folder.
 
-    ``refs``: (N, K, R). ``splits``: numbers of val and test pairs, the last of ``rows``; all pairs
-    are in every split without it.
+    Args:
+        rows: token rows of N pairs.
+        refs: reference scores (N, K, 2).
+        splits: numbers of validation and test pairs, which are the last of ``rows``; None puts all
+            pairs into every split.
     """
     train = val = test = np.arange(len(rows))
     if splits:
         train, val, test = np.split(train, [len(rows) - sum(splits), len(rows) - splits[1]])
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(
-            config,
-            policy,
-            Data(
-                tokenize=lambda chosen, _: [rows[i] for i in chosen],
+            config=config,
+            policy=policy,
+            data=Data(
+                items=(),
+                tokens=GivenTokens(rows),
                 refs=refs,
                 labels=Labels.of_pairs(len(rows)),
                 slugs=[f"reference-{k}" for k in range(refs.sums.shape[1])],
-                names=str,
                 fingerprint="",
                 ids=np.zeros((len(rows), 2), dtype="S16"),
                 train=train,
                 val=val,
                 test=test,
             ),
-            loss,
-            weighting,
-            FixedLambda(),
-            lambda parameters: torch.optim.AdamW(parameters, lr=1e-4),
-            Seeds(0),
-            Workers.start(),
-            Run(Path(folder), "bench", {}),
-            LocalTracker(),
+            loss=loss,
+            weighting=weighting,
+            sampler=FixedLambda(),
+            optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1e-4),
+            seeds=Seeds(0),
+            workers=Workers.start(),
+            recorder=Recorder(Run(Path(folder), "bench", {}), LocalTracker(), {}, active=True),
         )
-        policy.scorer.check_packing(policy.scorer.typical(rows))
-        trainer.start({})
+        trainer.start()
         yield trainer
 
 
+class GivenTokens(PolicyTokens):
+    """Token rows that are given instead of made from texts."""
+
+    def __init__(self, given: list[tuple[TokenRow, ...]]) -> None:
+        self.conditioned, self._given = False, given
+
+    def rows(self, indices: Sequence[int], lambda_: torch.Tensor) -> list[tuple[TokenRow, ...]]:
+        return [self._given[i] for i in indices]
+
+
 class Clock:
-    """Seconds spent in functions that are measured from outside, by name."""
+    """Seconds spent in functions, and how often they were called, by name of the function."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
         self.calls: dict[str, int] = {}
 
     def watch(self, owner: Any, name: str) -> None:
-        """Count the calls of ``owner.name`` from now on, and the time they take."""
+        """Measure all calls of ``owner.name`` from now on."""
         real = getattr(owner, name)
         self.seconds[name], self.calls[name] = 0.0, 0
 

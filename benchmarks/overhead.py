@@ -1,6 +1,6 @@
-"""``python -m benchmarks.overhead [FILE]``: what a run costs beside its training steps.
+"""``python -m benchmarks.overhead [FILE]``: time that a run spends outside its training steps.
 
-Needs no other program; targets are those of the project. FILE holds preference pairs.
+Needs no other program. FILE has preference pairs; targets are the project's own.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.ours import Clock, compose, trainer_of
 from benchmarks.results import Result, report
-from benchmarks.work import BETA, Work, measure
+from benchmarks.workload import BETA, Workload, measure
 from mrpo_lab.data.rows import parse_item, read_rows
 from mrpo_lab.data.texts import Item, TokenRow
 from mrpo_lab.data.tokenization import Tokenization
@@ -34,7 +34,7 @@ from mrpo_lab.experiment import Experiment
 from mrpo_lab.models.policy import Policy
 from mrpo_lab.models.references import SHARD_ROWS, ReferenceSet
 from mrpo_lab.objective.losses import PreferenceLoss, ctro, logistic, mrpo
-from mrpo_lab.objective.scores import Scores
+from mrpo_lab.objective.scores import Scores, chosen_first
 from mrpo_lab.objective.weighting import ARWC, SWCW, TSW, Context, Weighting
 from mrpo_lab.progress import quiet_libraries
 from mrpo_lab.storage import cache
@@ -60,7 +60,7 @@ print(time.monotonic())
 
 
 def made_up_scores(pairs: int, references: int) -> Scores:
-    """(pairs, references, 2): about 2 nats a token, and no two alike."""
+    """Random scores (pairs, references, 2) of about -2 nats per token, no two of them equal."""
     rng = np.random.default_rng(0)
     counts = torch.from_numpy(rng.integers(10, 200, (pairs, references, 2)))
     return Scores(-counts * torch.from_numpy(rng.uniform(1.5, 2.5, counts.shape)), counts)
@@ -69,8 +69,8 @@ def made_up_scores(pairs: int, references: int) -> Scores:
 # --- 64 references instead of one -----------------------------------------------------------------
 
 
-def many_references(work: Work) -> Iterator[Result]:
-    """Extra time of a step, against that of a real one with one reference."""
+def many_references(work: Workload) -> Iterator[Result]:
+    """Extra time of a step with 64 references, in percent of a real step with one."""
     for batch in (work.batch, 50):
         numbers = measure("ours_training", 1024, replace(work, batch=batch))
         step = statistics.median(numbers["seconds"])
@@ -86,8 +86,10 @@ def many_references(work: Work) -> Iterator[Result]:
 
 
 def small_steps(weighting: Callable[[], Weighting], batch: int, steps: int = 30) -> list[float]:
-    """Median seconds of steps with next to no model, with 1 and with ``REFERENCES`` references,
-    taken in turn; a real model's passes are of about four pairs."""
+    """Median seconds of a step of a tiny model, with 1 and with ``REFERENCES`` references.
+
+    Both are measured in turn. A pass has four pairs, about as many as a real model's.
+    """
     config = LlamaConfig(
         vocab_size=32,
         hidden_size=8,
@@ -107,26 +109,32 @@ def small_steps(weighting: Callable[[], Weighting], batch: int, steps: int = 30)
             with trainer_of(
                 policy, [replies] * batch, refs, numbers, weighting(), DEAREST
             ) as trainer:
-                trainer.run.folder.mkdir(exist_ok=True)
+                trainer.recorder.run.folder.mkdir(exist_ok=True)
                 trainer.weighting.start(no_probe(trainer.data.slugs, refs))
                 for _ in range(steps):
                     began = time.perf_counter()
-                    trainer.record(trainer.train_step(pairs))
+                    trainer.recorder.log(trainer.state.step, trainer.train_step(pairs))
                     times.append(time.perf_counter() - began)
     return [statistics.median(times) for times in seconds.values()]
 
 
 def no_probe(slugs: list[str], val: Scores) -> Context:
+    """A context whose probe returns random accuracies at once."""
     rng = np.random.default_rng(0)
-    return Context(slugs, val, lambda *subsets: rng.random(len(subsets)).tolist(), rng)
+    return Context(
+        slugs, val, chosen_first(len(val)), lambda *subsets: rng.random(len(subsets)).tolist(), rng
+    )
 
 
 # --- A trial of the protocol ----------------------------------------------------------------------
 
 
-def trial(work: Work, scale: int, weighting: str) -> Iterator[Result]:
-    """5,000 pairs in 100 steps of 50, 1,000 val and 1,000 test pairs, ten evaluations, accuracy
-    after each step and a probe of 250, all counts of pairs divided by ``scale``."""
+def trial(work: Workload, scale: int, weighting: str) -> Iterator[Result]:
+    """Shares of a trial's time, with all numbers of pairs of the protocol divided by ``scale``.
+
+    The protocol has 5,000 pairs in 100 steps of 50, 1,000 validation and 1,000 test pairs, ten
+    evaluations, the accuracy on each batch after its step, and probes of 250 pairs.
+    """
     train, held_out, batch = 5000 // scale, 1000 // scale, 50 // scale
     _, rows = replace(work, batch=1, steps=train // 2).pairs()
     rows = list(itertools.islice(itertools.cycle(rows), train + 2 * held_out))
@@ -160,7 +168,7 @@ def trial(work: Work, scale: int, weighting: str) -> Iterator[Result]:
 
 
 def imports() -> Iterator[Result]:
-    """From starting Python to having imported what needs no torch."""
+    """Seconds from the start of Python until modules that need no torch are imported."""
     for module in ("mrpo_lab", "train"):
         seconds = []
         for _ in range(5):
@@ -171,8 +179,9 @@ def imports() -> Iterator[Result]:
         yield Result(what, statistics.median(seconds), "s", at_most=0.5)
 
 
-def start(work: Work, pool: int = 7000) -> Iterator[Result]:
-    """The protocol's pool out of 27,000 rows, its scores under seven references in the store."""
+def start(work: Workload, pool: int = 7000) -> Iterator[Result]:
+    """Seconds until the first step, with a pool of ``pool`` pairs (the protocol's 7,000 are drawn
+    from 27,000 rows) and their scores under seven references in the store."""
     with tempfile.TemporaryDirectory() as folder:
         data, outputs = Path(folder) / "pairs.jsonl", Path(folder) / "outputs"
         write_pairs(work.data, data, rows=27 * pool // 7)
@@ -192,7 +201,7 @@ def start(work: Work, pool: int = 7000) -> Iterator[Result]:
             found = json.loads(
                 child(["-m", "benchmarks.startup", *overrides], BEGAN=str(time.monotonic()))
             )
-    own = found["total"] - found["import"] - found["load"]
+    own = found["total"] - found["import"] - found["read"]
     what = "from python train.py to the first step, beyond torch, transformers and weights"
     yield Result(what, own, "s", at_most=8)
     assert found["models"] == 1, "only the policy"
@@ -205,7 +214,7 @@ def protocol(pool: int) -> dict[str, int]:
 
 
 def write_pairs(source: str, target: Path, rows: int) -> None:
-    """``rows`` pairs: those of ``source`` over and over, each numbered, so that all differ."""
+    """Write ``rows`` pairs: those of ``source`` repeated, each with a number so that all differ."""
     items = [parse_item(row, where) for where, row in read_rows(source)]
     with target.open("w") as file:
         for number, item in zip(range(rows), itertools.cycle(items), strict=False):
@@ -217,7 +226,7 @@ def write_pairs(source: str, target: Path, rows: int) -> None:
 
 
 def fill(references: ReferenceSet, items: Sequence[Item], ids: np.ndarray) -> None:
-    """Made-up scores of every pair into the store, in shards as scoring writes them."""
+    """Put random scores of every pair into the store, in shards as scoring writes them."""
     scores = made_up_scores(len(items), len(references.members))
     for k, reference in enumerate(references.members):
         table = reference.table()
@@ -228,7 +237,11 @@ def fill(references: ReferenceSet, items: Sequence[Item], ids: np.ndarray) -> No
 
 
 def child(arguments: Sequence[str], **environment: str) -> str:
-    """The last line that a fresh Python prints."""
+    """The last line that a new Python process prints.
+
+    Raises:
+        SystemExit: the process failed; with its errors.
+    """
     done = subprocess.run(
         [sys.executable, *arguments],
         cwd=ROOT,
@@ -254,7 +267,7 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-ROWS: dict[str, Callable[[Work, int], Iterator[Result]]] = {
+ROWS: dict[str, Callable[[Workload, int], Iterator[Result]]] = {
     "references": lambda work, _: many_references(work),
     "imports": lambda *_: imports(),
     "start": lambda work, _: start(work),
@@ -266,7 +279,7 @@ ROWS: dict[str, Callable[[Work, int], Iterator[Result]]] = {
 def main() -> None:
     options = arguments()
     quiet_libraries()
-    work = Work(
+    work = Workload(
         data=options.file,
         model=options.model,
         dtype=options.dtype,

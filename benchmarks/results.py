@@ -1,4 +1,4 @@
-"""What was measured, beside its target, and where."""
+"""Results of measurements: tables, targets, and the machine they were measured on."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Iterable, Iterator
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
@@ -14,14 +15,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich import box
+from rich.table import Table
 
-HEADER = "| what | measured | target | reached |\n| --- | --- | --- | --- |"
+from mrpo_lab.console import show
+
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "trl")
 
 
 @dataclass(frozen=True)
 class Result:
-    """One row: a number and, if it has one, its bound."""
+    """A measured number and its target, if it has one."""
 
     what: str
     value: float
@@ -31,37 +35,58 @@ class Result:
 
     @property
     def reached(self) -> bool | None:
+        """Whether the target is reached; None without one."""
         if self.at_most is None and self.at_least is None:
             return None
         low = -float("inf") if self.at_least is None else self.at_least
         high = float("inf") if self.at_most is None else self.at_most
         return low <= self.value <= high
 
-    def __str__(self) -> str:
+    def cells(self) -> list[str]:
+        """The result as a row of a table."""
         bounds = {"≤": self.at_most, "≥": self.at_least}
         target = " ".join(f"{sign} {b:g}" for sign, b in bounds.items() if b is not None)
         reached = {None: "", True: "yes", False: "no"}[self.reached]
-        return f"| {self.what} | {self.value:.3g} {self.unit} | {target} | {reached} |"
+        return [self.what, f"{self.value:.3g} {self.unit}", target, reached]
 
 
 def report(results: Iterable[Result], out: Path | None, **more: Any) -> list[Result]:
-    """Print each row as soon as it is there; after each write all so far to ``out``."""
-    print(HEADER, flush=True)
-    rows = []
+    """Print a table of the results, and write them to ``out`` after each one.
+
+    Args:
+        more: other content of ``out``.
+    """
+    rows: list[Result] = []
     if out:
         out.parent.mkdir(parents=True, exist_ok=True)
-    for result in results:
-        rows.append(result)
-        print(result, flush=True)
-        if out:
-            listed = [{**vars(row), "reached": row.reached} for row in rows]
-            content = {**surroundings(), **more, "rows": listed}
-            out.write_text(json.dumps(content, indent=2) + "\n")
+
+    def cells() -> Iterator[list[str]]:
+        for result in results:
+            rows.append(result)
+            if out:
+                listed = [{**vars(row), "reached": row.reached} for row in rows]
+                content = {**surroundings(), **more, "rows": listed}
+                out.write_text(json.dumps(content, indent=2) + "\n")
+            yield result.cells()
+
+    print_table(["what", "measured", "target", "reached"], cells())
     return rows
 
 
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Print a Markdown table on stdout, of all rows there were even if a later one fails; each row
+    is shown on stderr as soon as it is measured."""
+    table = Table(*columns, box=box.MARKDOWN)
+    try:
+        for row in rows:
+            print(", ".join(filter(None, row)), file=sys.stderr, flush=True)
+            table.add_row(*row)
+    finally:
+        show(table)
+
+
 def surroundings() -> dict[str, Any]:
-    """Hardware, versions and commit."""
+    """The machine, the versions of packages and the commit of this repository."""
     return {
         "commit": git("rev-parse", "HEAD"),
         "changed": bool(git("status", "--porcelain", "--untracked-files=no")),
@@ -75,13 +100,14 @@ def surroundings() -> dict[str, Any]:
 
 
 def versions() -> Iterator[tuple[str, str]]:
-    """Of the packages that are installed."""
+    """Name and version of each of ``PACKAGES`` that is installed."""
     for name in PACKAGES:
         with suppress(metadata.PackageNotFoundError):
             yield name, metadata.version(name)
 
 
 def processor() -> str:
+    """The processor's model name."""
     with suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
@@ -90,6 +116,7 @@ def processor() -> str:
 
 
 def git(*arguments: str) -> str | None:
+    """The output of a git command, None if it fails."""
     with suppress(OSError, subprocess.CalledProcessError):
         done = subprocess.run(
             ["git", *arguments],

@@ -1,10 +1,10 @@
-"""How long a run takes to its first step: ``python -m benchmarks.startup OVERRIDE ...``.
+"""``python -m benchmarks.startup OVERRIDE ...``: how long a run takes until its first step.
 
-Runs what ``train.py OVERRIDE ...`` would, stops where all is ready for the first step (and for the
-base model's evaluation, which comes before it), and prints one line of JSON: all seconds since
-``$BEGAN`` (of ``time.monotonic``), among them those of importing torch and transformers (with what
-it imports to load a model), of loading weights and of reading reference scores; and how many models
-were loaded.
+Does what ``train.py OVERRIDE ...`` would, stops before the base model's evaluation, which precedes
+the first step, and prints one line of JSON: ``total`` seconds since the environment variable
+``BEGAN`` (as ``time.monotonic`` counts); among them ``import`` (torch and transformers, with what
+it imports to load a model), ``read`` (weights) and ``scores`` (of references); and the number of
+``models`` that were loaded.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from unittest import mock
 
 
 class ReadyError(Exception):
-    """Computing is about to begin."""
+    """The run is about to evaluate its base model."""
 
 
 def stop(*_: object) -> None:
@@ -34,18 +34,18 @@ def main() -> None:
     from benchmarks.ours import Clock, compose
     from mrpo_lab.experiment import run_experiment
     from mrpo_lab.models.references import ReferenceSet
-    from mrpo_lab.models.weights import Checkpoint
+    from mrpo_lab.models.weights import ModelSource
     from mrpo_lab.training.trainer import Trainer
 
     clock = Clock()
-    clock.watch(Checkpoint, "load")
+    clock.watch(ModelSource, "read")
     clock.watch(ReferenceSet, "scores")
     with mock.patch.object(Trainer, "fit", stop), suppress(ReadyError):
         run_experiment(compose(sys.argv[1:]), "start")
     total = time.monotonic() - float(os.environ["BEGAN"])
     print(
         json.dumps(
-            {"total": total, "import": imported, "models": clock.calls["load"], **clock.seconds}
+            {"total": total, "import": imported, "models": clock.calls["read"], **clock.seconds}
         )
     )
 

@@ -109,7 +109,7 @@ class Composer:
     def _matters(self, override: str) -> bool:
         """Whether the override's value can change more of ``Composed`` than its own choice."""
         key = override.partition("=")[0].lstrip("+~")
-        if key.partition(".")[0] in (*SCORED, "name"):
+        if key.partition(".")[0] in (*SCORED, "name", "kernels"):  # kernels enter two sections
             return True
         return key not in INDEPENDENT and bool(self._options_of(key))
 

@@ -19,8 +19,8 @@ from launchers.tasks import Gather, Score, Train
 from launchers.watching import watch
 from mrpo_lab.console import show
 from mrpo_lab.errors import UserError
-from mrpo_lab.runs.folder import finished
 from mrpo_lab.runs.identity import difference
+from mrpo_lab.runs.reading import finished
 from mrpo_lab.wording import format_count
 
 

@@ -11,7 +11,7 @@ from rich.table import Table
 from launchers.queues import queue
 from launchers.sweep import Sweep, by_output
 from mrpo_lab.console import plain_text, text_table
-from mrpo_lab.runs.folder import finished
+from mrpo_lab.runs.reading import finished
 from mrpo_lab.storage.files import write_whole
 
 NUMBERS = (

@@ -43,6 +43,8 @@ def required_scores(sections: Mapping[str, Any]) -> list[RequiredScores]:
     """
     dataset, model, references = (sections[k] for k in ("dataset", "model", "reference_set"))
     common = {key: references.get(key) for key in ("dtype", "quantization")}
+    if references.get("kernels", "auto") != "auto":  # marks from before the setting stay valid
+        common["kernels"] = "off"
     entries = [{**common, **entry} for entry in references["entries"]]
     texts = {
         "dataset": dataset,

@@ -27,7 +27,7 @@ from filelock import FileLock
 
 from launchers.tasks import Task, read_tasks, write_tasks
 from mrpo_lab.errors import UserError
-from mrpo_lab.runs.folder import finished
+from mrpo_lab.runs.reading import finished
 from mrpo_lab.storage.files import is_locked, write_whole
 
 STATES = ("finished", "running", "queued", "failed", "dead", "new")

@@ -4,6 +4,7 @@ __all__: list[str]
 
 from .data.dataset import FileDataset as FileDataset
 from .data.lists import ListDataset as ListDataset
+from .data.texts import Item as Item
 from .embedded.datasets import StarterDataset as StarterDataset
 from .embedded.datasets import SyntheticDataset as SyntheticDataset
 from .models.policy import PolicyConfig as PolicyConfig
@@ -40,6 +41,11 @@ from .objective.weighting import Single as Single
 from .objective.weighting import SWCWOneHot as SWCWOneHot
 from .objective.weighting import Uniform as Uniform
 from .objective.weighting import Weighting as Weighting
+from .objective.weighting import to_simplex as to_simplex
+from .runs.reading import RunView as RunView
+from .runs.reading import open_run as open_run
+from .runs.study import StudyView as StudyView
+from .runs.study import open_study as open_study
 from .runs.tracking import LocalTracker as LocalTracker
 from .runs.tracking import WandbTracker as WandbTracker
 from .scoring.scorer import ReplyScorer as ReplyScorer

@@ -1,4 +1,4 @@
-"""The command line around Hydra: small conveniences, and errors in one line."""
+"""The command line around Hydra: one-line errors, exit codes, and ``seed=0`` for ``seed=s0``."""
 
 from __future__ import annotations
 
@@ -21,20 +21,23 @@ from mrpo_lab.progress import quiet_libraries
 Parameters = ParamSpec("Parameters")
 
 GRACE = 20.0
-"""Seconds that the main process has to close a failed run before the others end."""
+"""Seconds for the main process to close a failed run before another process exits."""
 
 
 def run_cli(hydra_main: Callable[[], object]) -> None:
-    """Run a ``@hydra.main`` function; exit with 2 and one line on what the user can mend."""
+    """Run a ``@hydra.main`` function, and exit with code 2 and one line for mistakes of the user.
+
+    An interruption by Ctrl-C exits with code 130.
+    """
     if "HYDRA_FULL_ERROR" not in os.environ:
-        # Hydra then raises its errors instead of printing them over many lines.
+        # With it, Hydra raises its errors instead of printing them over many lines.
         os.environ["HYDRA_FULL_ERROR"] = "1"
     quiet_libraries()
     sys.argv[1:] = [named_seed(argument) for argument in sys.argv[1:]]
     try:
         hydra_main()
     except UserError:
-        sys.exit(2)  # a run of a sweep has printed it
+        sys.exit(2)  # its message was printed where it was raised: see train.py
     except (HydraException, OmegaConfBaseException) as error:
         fail(explain(error))
         sys.exit(2)
@@ -73,18 +76,18 @@ def exit_on_user_error(main: Callable[Parameters, int]) -> Callable[Parameters, 
 
 
 def fail(message: str) -> None:
-    """Print one line to stderr, once for all processes of a run."""
+    """Print an error in one line to stderr, if possible from the main process only."""
     rank = os.environ.get("RANK", "0")
     if rank != "0":
-        # A launcher ends all processes as soon as one has ended. The main one still has files to
-        # close before it says the same; if it has nothing to say, this one has to.
+        # A launcher kills all processes when one exits. Give the main process, which usually fails
+        # with the same error, the time to close its files and print it.
         time.sleep(GRACE)
         message = f"process {rank}: {message}"
     print(f"error: {message}", file=sys.stderr, flush=True)
 
 
 def named_seed(argument: str) -> str:
-    """``seed=0,1`` as ``seed=s0,s1``: Hydra refuses integers as options of a group."""
+    """Rewrite ``seed=0,1`` to ``seed=s0,s1``: Hydra refuses integers as names of options."""
     key, _, value = argument.partition("=")
     if key == "seed" and re.fullmatch(r"\d+(,\d+)*", value):
         return "seed=" + ",".join(f"s{number}" for number in value.split(","))
@@ -92,7 +95,7 @@ def named_seed(argument: str) -> str:
 
 
 def explain(error: Exception) -> str:
-    """Another library's message about the configuration in one line."""
+    """One line for an error that Hydra or OmegaConf raised about the configuration."""
     if isinstance(error, MissingConfigException) and error.options:
         wanted = str(error.missing_cfg_file)
         group, _, option = wanted.rpartition("/")
@@ -100,11 +103,11 @@ def explain(error: Exception) -> str:
     if ambiguous := re.match("Ambiguous value for argument '(.+)'", str(error)):
         return f"{ambiguous[1]}: several values; to run each of them, begin with -m"
     if isinstance(error, OverrideParseException):
-        said = [line for line in str(error).splitlines() if re.match(r"(?!See )\w", line)]
-        return f"{error.override}: cannot be read as key=value: {said[-1]}"
+        lines = [line for line in str(error).splitlines() if re.match(r"(?!See )\w", line)]
+        return f"{error.override}: cannot be read as key=value: {lines[-1]}"
     cause = error.__cause__
     if isinstance(cause, (ConfigKeyError, ConfigAttributeError)):
-        # Hydra would suggest +key, which adds it beside the key that was meant.
+        # Hydra suggests +key, which adds a second key beside the one that was meant.
         siblings = cause.parent_node if isinstance(cause.parent_node, DictConfig) else ()
         options = [str(key) for key in siblings if not str(key).startswith("_")]
         return f"{cause.full_key}: no such key{near(str(cause.key), options)}"
@@ -114,7 +117,10 @@ def explain(error: Exception) -> str:
 
 
 def near(word: str, options: Sequence[str]) -> str:
-    """``, did you mean X? choose from ...``; nothing without options."""
+    """The end of an error message: ``, did you mean X? choose from ...``; empty without options.
+
+    A guess is made only if some option is similar to ``word``.
+    """
     if not options:
         return ""
     close = difflib.get_close_matches(word, options, n=1)

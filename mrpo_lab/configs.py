@@ -1,4 +1,4 @@
-"""The edge between YAML and objects: everything is checked before anything is built."""
+"""From YAML to objects: the whole configuration is checked before any object is built."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ RESERVED = {"_target_", "_partial_", "_convert_", "_recursive_", "_args_"}
 
 
 def use_public_names(cfg: DictConfig | ListConfig) -> None:
-    """Rewrite each ``_target_`` of this project to its public name, in place.
+    """Rewrite each ``_target_`` of this project to its public name, in place, and ``kernels: off``,
+    which YAML reads as false, to the word.
 
     ``mrpo_lab.losses.mdpo``, as saved before modules moved, becomes ``mrpo_lab.mdpo``. Targets that
     are not public stay as they are.
@@ -38,22 +39,24 @@ def use_public_names(cfg: DictConfig | ListConfig) -> None:
             path = str(cfg[key]).split(".")
             if path[0] == "mrpo_lab" and path[-1] in mrpo_lab.__all__:
                 cfg[key] = f"mrpo_lab.{path[-1]}"
+        elif key == "kernels" and cfg[key] is False:
+            cfg[key] = "off"
 
 
 def check(cfg: DictConfig) -> dict[str, Any]:
-    """Return the resolved configuration after looking for every problem in it.
+    """Check a configuration and return it with all interpolations resolved.
 
     Targets of this project are renamed to public ones in ``cfg`` itself.
 
     Raises:
-        UserError: all problems in one line: missing values, ``_target_`` outside ``ALLOWED``, keys
-            or types that do not fit the signature that a node is for.
+        UserError: names all problems in one line: missing values, a ``_target_`` outside
+            ``ALLOWED``, keys or types that do not fit the signature of a ``_target_``.
     """
     use_public_names(cfg)
     try:
         missing = sorted(OmegaConf.missing_keys(cfg))
         tree = OmegaConf.to_container(cfg, resolve=True)
-    except OmegaConfBaseException as error:  # an interpolation that leads nowhere
+    except OmegaConfBaseException as error:  # an interpolation of a key that does not exist
         raise UserError(f"{error.full_key}: {first_line(error)}") from error
     if missing:
         raise UserError("; ".join(f"{key}: required, give {key}=VALUE" for key in missing))
@@ -70,10 +73,10 @@ def check(cfg: DictConfig) -> dict[str, Any]:
 
 
 def build(cfg: DictConfig, key: str, *args: Any, **kwargs: Any) -> Any:
-    """The object that node ``key`` describes; plain lists and dicts inside.
+    """Instantiate the node ``key``, with plain lists and dicts as arguments.
 
     Raises:
-        UserError: it is not there, or its constructor refused a value; names the key.
+        UserError: there is no such node, or its constructor refused a value; names the key.
     """
     if "_target_" not in cfg.get(key, {}):
         raise UserError(f"{key}: nothing is chosen, give {key}=OPTION")
@@ -88,12 +91,13 @@ def build(cfg: DictConfig, key: str, *args: Any, **kwargs: Any) -> Any:
 
 
 def _full_key(error: InstantiationException) -> str:
-    """Hydra puts the node's key on a line of its own below the message."""
+    """The node's key, which Hydra puts on a line of its own below the message."""
     lines = [line for line in str(error).splitlines() if line.startswith("full_key: ")]
     return lines[-1].removeprefix("full_key: ") if lines else ""
 
 
 def _problems(node: Any, path: str) -> Iterator[str]:
+    """Yield the problems of a node and of all nodes below it."""
     if isinstance(node, list):
         node = dict(enumerate(node))
     if not isinstance(node, dict):
@@ -110,7 +114,7 @@ def _problems(node: Any, path: str) -> Iterator[str]:
 
 
 def _misfits(target: str, given: Mapping[str, Any], path: str) -> Iterator[str]:
-    """Keys that the target does not take and values of another type than it declares."""
+    """Yield keys that the target does not take and values that do not fit its type hints."""
     try:
         function = get_object(target)
     except Exception as error:
@@ -130,6 +134,7 @@ def _misfits(target: str, given: Mapping[str, Any], path: str) -> Iterator[str]:
 
 
 def _holds_a_node(value: Any) -> bool:
+    """Whether a value is, or contains, a node with a ``_target_``."""
     children = (
         value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
     )
@@ -137,12 +142,13 @@ def _holds_a_node(value: Any) -> bool:
 
 
 def _type_problem(hint: Any, value: Any) -> str | None:
+    """What is wrong with a value of type ``hint``; None if it fits."""
     try:
         adapter = TypeAdapter(hint, config=ConfigDict(strict=True, arbitrary_types_allowed=True))
-    except Exception:  # a hint that pydantic has no schema for is for objects, not for values
+    except Exception:  # no pydantic schema: a hint for objects, which YAML cannot hold
         return None
     try:
-        # As JSON, whose arrays are as good for tuples as for lists; YAML knows no tuples either.
+        # In strict mode only JSON arrays fit both lists and tuples; YAML has no tuples.
         adapter.validate_json(json.dumps(value))
     except ValidationError as error:
         problem = error.errors()[0]

@@ -1,10 +1,13 @@
-"""The one exception that is the user's to mend, and others in one line."""
+"""The exception for mistakes that the user can correct, and other errors in one line."""
 
 
 class UserError(Exception):
-    """Its message is one line: what is wrong, where, and what to do. Shown without a traceback."""
+    """A mistake that the user can correct, shown without a traceback.
+
+    The message is one line: what is wrong, where, and what to do.
+    """
 
 
 def first_line(error: BaseException) -> str:
-    """The start of another library's message, fit for one line of ours."""
+    """The first line of an error's message, or the error's class if it has none."""
     return str(error).strip().partition("\n")[0].rstrip() or type(error).__name__

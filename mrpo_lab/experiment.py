@@ -1,4 +1,4 @@
-"""From a composed configuration to a finished run: what ``train.py`` calls."""
+"""From a composed configuration to a finished run, for ``train.py`` and the jobs of a sweep."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import resource
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,25 +15,25 @@ import torch
 from omegaconf import DictConfig
 
 from mrpo_lab import configs
-from mrpo_lab.data.conditioning import conditioned
 from mrpo_lab.data.dataset import Dataset, Prepared, describe
-from mrpo_lab.data.texts import Item, Message, Replies
+from mrpo_lab.data.texts import Item
 from mrpo_lab.errors import UserError
 from mrpo_lab.models.policy import PolicyConfig
-from mrpo_lab.models.references import ReferenceSet
+from mrpo_lab.models.references import ReferenceScores, ReferenceSet
 from mrpo_lab.objective.aspect_weighting import LambdaSampler
 from mrpo_lab.objective.losses import PreferenceLoss
+from mrpo_lab.objective.scores import Scores
 from mrpo_lab.objective.weighting import Weighting
 from mrpo_lab.runs.folder import Run
-from mrpo_lab.runs.summary import summary
+from mrpo_lab.runs.summary import print_summary
 from mrpo_lab.runs.tracking import LocalTracker, Tracker
-from mrpo_lab.runs.trade_off import hypervolumes
-from mrpo_lab.scoring.packing import longest_and_median
 from mrpo_lab.seeding import Seeds
 from mrpo_lab.storage.hub import NotAtHandError, missing
 from mrpo_lab.training.config import TrainConfig
-from mrpo_lab.training.evaluation import Data, Tokenize
+from mrpo_lab.training.inputs import Data, PolicyTokens
 from mrpo_lab.training.interruption import Interruption
+from mrpo_lab.training.recorder import Recorder
+from mrpo_lab.training.result import compose_result
 from mrpo_lab.training.trainer import Trainer
 from mrpo_lab.training.workers import Workers
 
@@ -43,34 +43,35 @@ logger = logging.getLogger(__name__)
 def run_experiment(
     cfg: DictConfig, name: str, interruption: Interruption | None = None
 ) -> dict[str, Any]:
-    """Train the run ``name``, or return its result if it is finished.
+    """Train the run called ``name``, or return its result if it is finished.
 
     Args:
-        interruption: asks the run to save itself, if somebody may.
+        interruption: by which a signal asks the run to save itself.
 
     Raises:
-        UserError: what the user can mend, in one line.
+        UserError: something that the user can fix, in one line.
     """
     resolved = configs.check(cfg)
     run = Run.open(Path(cfg.outputs), name, resolved)
     if run.result:
-        print(summary(run.folder, run.result), flush=True)
+        print_summary(run.folder, run.result)
         return run.result
     workers = Workers.start()
-    with run.held() if workers.is_main else nullcontext():
+    with run.locked() if workers.is_main else nullcontext():
         experiment = Experiment.build(cfg, workers)
-        result = experiment.train(run, resolved, interruption)
+        recorder = Recorder(run, experiment.tracker, resolved, active=workers.is_main)
+        result = experiment.train(recorder, interruption)
         workers.wait()
     if workers.is_main:
-        print(summary(run.folder, result), flush=True)
+        print_summary(run.folder, result)
     return result
 
 
 def score_reference(cfg: DictConfig, slug: str) -> int:
-    """Put into the store what a run of ``cfg`` will ask of one reference; the number of pairs.
+    """Store the scores of one reference that a run of ``cfg`` needs; returns the number of items.
 
     Raises:
-        UserError: what the user can mend, in one line.
+        UserError: something that the user can fix, in one line.
     """
     configs.check(cfg)
     experiment = Experiment.build(cfg, Workers.start())
@@ -82,8 +83,10 @@ def score_reference(cfg: DictConfig, slug: str) -> int:
 
 @dataclass(frozen=True)
 class Experiment:
-    """The objects that a configuration describes. Building them checks every value and loads
-    nothing, so that mistakes are found in seconds."""
+    """The objects that a configuration describes.
+
+    Building them checks every value and loads nothing, so that mistakes are found in seconds.
+    """
 
     seeds: Seeds
     config: TrainConfig
@@ -99,13 +102,18 @@ class Experiment:
     threads: int | None
 
     def __post_init__(self) -> None:
-        try:  # an optimizer checks its values when it is given parameters
+        try:  # an optimizer checks its settings when it is given parameters
             self.optimizer([torch.nn.Parameter(torch.zeros(1))])
         except ValueError as error:
             raise UserError(f"optimizer: {error}") from error
 
     @classmethod
     def build(cls, cfg: DictConfig, workers: Workers) -> Experiment:
+        """Build all objects of a configuration that ``configs.check`` has passed.
+
+        Raises:
+            UserError: a constructor refused a value; names the key.
+        """
         return cls(
             seeds=configs.build(cfg, "seed"),
             config=configs.build(cfg, "train"),
@@ -121,68 +129,66 @@ class Experiment:
             threads=cfg.threads,
         )
 
-    def train(
-        self, run: Run, resolved: dict[str, Any], interruption: Interruption | None = None
-    ) -> dict[str, Any]:
-        """Data, reference scores, policy, training, result."""
+    def train(self, recorder: Recorder, interruption: Interruption | None = None) -> dict[str, Any]:
+        """Prepare the data, score the references, train the policy, and record the result."""
         began = time.monotonic()
         prepared = self.prepare()
-        if self.threads is not None:  # from here on: tiny7, if it had to be built, used all cores
+        if self.threads is not None:  # only from here on: building tiny7 uses all cores
             torch.set_num_threads(self.threads)
-        data = self.data(prepared)
+        refs, findings = self.reference_scores(prepared)
+        data = self.data(prepared, refs)
         policy = self.model.build(self.workers.device, self.seeds.value("init"))
-        centre = self.sampler.centre(prepared.labels.aspects)
-        lengths = self.model.tokenization.lengths(prepared.items, prepared.ids)
-        typical = longest_and_median(lengths.prompt.max(-1) + lengths.reply.sum(-1))
-        policy.scorer.check_packing(data.tokens(typical, centre))
+        mean_lambda = self.sampler.mean_lambda(prepared.labels.aspects)
         trainer = Trainer(
-            self.config,
-            policy,
-            data,
-            self.loss,
-            self.weighting,
-            self.sampler,
-            self.optimizer,
-            self.seeds,
-            self.workers,
-            run,
-            self.tracker,
-            interruption,
+            config=self.config,
+            policy=policy,
+            data=data,
+            loss=self.loss,
+            weighting=self.weighting,
+            sampler=self.sampler,
+            optimizer=self.optimizer,
+            seeds=self.seeds,
+            workers=self.workers,
+            recorder=recorder,
+            interruption=interruption,
         )
-        prompts = [self.prompt(prepared, i) for i in data.test[: self.config.samples]]
+        sampled = [int(i) for i in data.test[: self.config.samples]]
+        prompts = [data.tokens.prompt(i, mean_lambda) for i in sampled]
         before = policy.generate(prompts, self.config.sample_tokens)
-        trainer.start(resolved)
+        trainer.start()
         try:
             trainer.fit()
         except (Exception, KeyboardInterrupt) as error:
-            trainer.fail(error)
+            recorder.fail(error, trainer.state)
             raise
         after = policy.generate(prompts, self.config.sample_tokens)
         trade_off = [*trainer.state.base_trade_off, *trainer.trade_off("trained")]
-        result = {
-            **trainer.result(),
-            **({"hypervolume": hypervolumes(trade_off, "pairwise")} if trade_off else {}),
-            "counts": prepared.counts,
-            "gate": [asdict(finding) for finding in self.references.findings],
-            "setup_seconds": round(time.monotonic() - began - trainer.state.seconds, 3),
-            "peak_memory_gib": round(peak_memory() / 2**30, 3),
-            "samples": [
+        result = compose_result(
+            trainer.state,
+            data,
+            mean_lambda,
+            epochs=self.config.epochs,
+            trade_off=trade_off,
+            counts=prepared.counts,
+            findings=findings,
+            setup_seconds=time.monotonic() - began - trainer.state.seconds,
+            peak_memory_gib=peak_memory() / 2**30,
+            samples=[
                 {"prompt": prompt[-1]["content"], "before": b, "after": a}
                 for prompt, b, a in zip(prompts, before, after, strict=True)
             ],
-        }
-        trainer.finish(result, trade_off)
+        )
+        target = trainer.evaluation.target(data.test)
+        recorder.finish(result, policy, data, target, self.loss, trainer.state, trade_off)
+        self.workers.wait()
         return result
 
-    def prompt(self, prepared: Prepared, item: int) -> tuple[Message, ...]:
-        """What the policy is asked, told the mean lambda if it is told any."""
-        prompt, aspects = prepared.items[item].prompt, prepared.labels.aspects
-        if not self.sampler.condition:
-            return prompt
-        return conditioned(prompt, aspects, self.sampler.centre(aspects).tolist())
-
     def prepare(self) -> Prepared:
-        """The pairs, filtered by the tokenizers of all references and of the policy."""
+        """Read the data and filter it by the tokenizers of all references and of the policy.
+
+        Raises:
+            UserError: data or models are missing (all of them are named), or do not fit.
+        """
         models = [self.model, *self.references.all]
         absent: list[NotAtHandError] = []
         items: Sequence[Item] = ()
@@ -203,7 +209,11 @@ class Experiment:
         return prepared
 
     def check(self, prepared: Prepared) -> None:
-        """Refuse what does not fit the data before any model is loaded."""
+        """Check the settings against the data before any model is loaded.
+
+        Raises:
+            UserError: a setting does not fit; names its section.
+        """
         num_val, labels = len(prepared.splits["val"]), prepared.labels
         with named("weighting"):
             self.weighting.check(self.references.slugs, num_val)
@@ -212,14 +222,28 @@ class Experiment:
         with named("loss.link"):
             self.loss.check(labels.targets.shape[-1])
 
-    def data(self, prepared: Prepared) -> Data:
-        """Reference scores from the store, filled first where needed, and the policy's tokens."""
-        items, device = prepared.items, self.workers.device
-        refs = self.workers.main_first(lambda: self.references.scores(items, prepared.ids, device))
-        told = self.sampler.condition
+    def reference_scores(self, prepared: Prepared) -> ReferenceScores:
+        """Reference scores of the pool, and the gate's findings; what is not stored is computed.
+
+        Raises:
+            UserError: a check of the gate failed and ``reference_set.gate`` is stop.
+        """
+        items, ids, device = prepared.items, prepared.ids, self.workers.device
+        return self.workers.main_first(lambda: self.references.scores(items, ids, device))
+
+    def data(self, prepared: Prepared, refs: Scores, conditioned: bool | None = None) -> Data:
+        """Everything the training loop needs.
+
+        Args:
+            refs: reference scores (N, K, R) of the pool.
+            conditioned: whether the policy is given lambda in its prompt (default: as configured).
+        """
+        items = prepared.items
+        conditioned = self.sampler.condition if conditioned is None else conditioned
+        tokenization, aspects = self.model.tokenization, prepared.labels.aspects
         return Data(
-            tokenize=self.telling(prepared) if told else self.untold(prepared),
-            told=told,
+            items=items,
+            tokens=PolicyTokens(tokenization, items, aspects, conditioned),
             refs=refs,
             labels=prepared.labels,
             slugs=self.references.slugs,
@@ -227,43 +251,13 @@ class Experiment:
             val=prepared.splits["val"],
             test=prepared.splits["test"],
             ids=prepared.ids,
-            names=lambda i: f"pair {i} of the pool ({items[i].prompt[-1]['content'][:60]!r})",
             fingerprint=prepared.fingerprint(),
         )
-
-    def untold(self, prepared: Prepared) -> Tokenize:
-        """The policy's tokens, found out when they are first needed."""
-        known: dict[int, Replies] = {}
-
-        def tokenize(chosen: Sequence[int], _: list[float]) -> list[Replies]:
-            new = [i for i in dict.fromkeys(chosen) if i not in known]
-            known.update(zip(new, self.rows([prepared.items[i] for i in new]), strict=True))
-            return [known[i] for i in chosen]
-
-        return tokenize
-
-    def telling(self, prepared: Prepared) -> Tokenize:
-        """The policy's tokens with lambda in the system message."""
-        aspects = prepared.labels.aspects
-
-        def tokenize(chosen: Sequence[int], weights: list[float]) -> list[Replies]:
-            items = [prepared.items[i] for i in chosen]
-            prompts = [conditioned(item.prompt, aspects, weights) for item in items]
-            return self.rows([replace(i, prompt=p) for i, p in zip(items, prompts, strict=True)])
-
-        return tokenize
-
-    def rows(self, items: Sequence[Item]) -> list[Replies]:
-        """The policy's tokens."""
-        rows = [row for row in self.model.tokenization.rows(items) if row is not None]
-        if len(rows) < len(items):  # as it is, every prompt has passed the filters
-            raise UserError("lambda.condition: the policy's template refuses a system message")
-        return rows
 
 
 @contextmanager
 def named(section: str) -> Iterator[None]:
-    """Say where in the configuration a value that does not fit is."""
+    """Prefix a ValueError with the section of the configuration, as a UserError."""
     try:
         yield
     except ValueError as error:
@@ -272,7 +266,7 @@ def named(section: str) -> Iterator[None]:
 
 @contextmanager
 def collecting(absent: list[NotAtHandError]) -> Iterator[None]:
-    """Note what the hub does not give and go on, so that one message can name all of it."""
+    """Collect what is not to be had from the hub, so that one message can name all of it."""
     try:
         yield
     except NotAtHandError as error:
@@ -280,7 +274,7 @@ def collecting(absent: list[NotAtHandError]) -> Iterator[None]:
 
 
 def peak_memory() -> int:
-    """Most bytes held so far: on the GPU if there is one, else by this process."""
+    """Largest memory use so far in bytes: of the GPU if there is one, else of this process."""
     if torch.cuda.is_available():
         return int(torch.cuda.max_memory_allocated())
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

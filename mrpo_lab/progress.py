@@ -1,4 +1,4 @@
-"""Progress bars with an ETA, and other libraries kept quiet."""
+"""Progress bars, and silencing warnings of other libraries."""
 
 import logging
 import sys
@@ -9,7 +9,11 @@ from tqdm import tqdm
 
 
 def progress(total: int, doing: str, unit: str, **options: Any) -> "tqdm[Any]":
-    """A bar on a terminal; in a log file a line every half minute."""
+    """A progress bar, updated five times a second in a terminal, every half minute in a log file.
+
+    Args:
+        options: further arguments of ``tqdm``.
+    """
     every = 0.2 if sys.stderr.isatty() else 30.0
     return tqdm(
         total=total,
@@ -23,10 +27,10 @@ def progress(total: int, doing: str, unit: str, **options: Any) -> "tqdm[Any]":
 
 
 def quiet_libraries() -> None:
-    """Silence what says nothing to our users, each for its reason. Before they are imported."""
-    # When imported it looks for a compiled kernel that would come from the hub; it has its own.
+    """Silence messages that users can do nothing about. Call this before importing libraries."""
+    # It looks for an optional kernel on the hub when imported, and falls back to its own.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-    # peft asks for an attribute by the name that it had before transformers 5.
+    # peft uses the name that this attribute had before transformers 5.
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
-    # A line for every request.
+    # It logs a line per request.
     logging.getLogger("httpx").setLevel(logging.WARNING)

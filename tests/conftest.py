@@ -13,7 +13,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 from jaxtyping import install_import_hook
 
 install_import_hook(
-    ["mrpo_lab.objective.losses", "mrpo_lab.objective.scores", "mrpo_lab.objective.weighting"],
+    [
+        f"mrpo_lab.{name}"
+        for name in ("objective", "scoring", "models", "training", "runs", "merging")
+    ],
     "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",  # an int is a float
 )
 # --------------------------------------------------------------------------------------------------

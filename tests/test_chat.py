@@ -1,4 +1,4 @@
-"""Messages to tokens, for every habit that a template or tokenizer may have."""
+"""Rendering and tokenizing messages, with the peculiarities of many templates and tokenizers."""
 
 import json
 import os
@@ -141,7 +141,7 @@ class TestSevenHabits:
         folded = fold_system((system("s"), user("a"), assistant("b")))
         assert folded == (user("s\n\na"), assistant("b"))
 
-    def test_a_prompt_that_the_template_refuses_is_none_its_neighbours_are_not(
+    def test_a_prompt_that_the_template_refuses_is_none_its_neighbors_are_not(
         self, formats: dict[str, ChatFormat]
     ) -> None:
         twice = Item((user("a"), user("b")), ("c", "d"))
@@ -169,8 +169,8 @@ class TestPrefix:
     @pytest.mark.parametrize(
         ("opening", "reply"),
         [
-            (" the b", " the bakery."),  # the prompt's last token is another one in the whole
-            ("<think>\n", "Sure, at the bakery."),  # a generation prompt that the whole lacks
+            (" the b", " the bakery."),  # the prompt's last token changes when the reply follows
+            ("<think>\n", "Sure, at the bakery."),  # the generation prompt is not in prompt + reply
         ],
     )
     def test_otherwise_the_reply_begins_at_the_longest_common_prefix(
@@ -218,7 +218,7 @@ class TestTemplates:
         assert reply_of(chat, row) == "Bakery.<|im_end|>\n"  # and no think block
 
     def test_no_score_depends_on_the_day(self, tiny7_dir: Path, tmp_path: Path) -> None:
-        """As of Llama 3's and gpt-oss's; blanks and line ends around stay as they are."""
+        """The templates of Llama 3 and gpt-oss print the date; whitespace around it is kept."""
         template = (
             "  {% set known = date_string is defined %}\n "
             "{{ strftime_now('%Y-%m-%d') if strftime_now is defined else '' }}|"

@@ -1,4 +1,4 @@
-"""The command line: what a user mistypes is answered in one line, and nothing is left behind."""
+"""The command line: a wrong argument is answered in one line, and no files are left behind."""
 
 import json
 import shutil
@@ -10,6 +10,8 @@ from unittest import mock
 import peft
 import pytest
 from harness import SLUGS, TINY, read_json, train_py
+from hydra._internal.core_plugins.basic_launcher import BasicLauncher
+from hydra.core.plugins import Plugins
 from hydra.errors import MissingConfigException
 from transformers import AutoModelForCausalLM
 
@@ -266,6 +268,31 @@ def test_sweep_runs_every_combination_and_goes_on_after_a_mistake(tmp_path: Path
     assert again.code == 0
     sessions = [read_json(folder / "provenance.json")["sessions"] for folder in done]
     assert [len(session) for session in sessions] == [1, 1]
+
+
+def test_a_sweeper_is_given_the_validation_accuracy(tmp_path: Path) -> None:
+    """A sweeper that optimizes must not choose anything on the test split."""
+    given: list[object] = []
+
+    class Recording(BasicLauncher):
+        def launch(self, *arguments: Any) -> Any:
+            returned = super().launch(*arguments)
+            given.extend(run.return_value for run in returned)
+            return returned
+
+    with mock.patch.object(Plugins, "instantiate_launcher", autospec=True) as instantiate:
+        launcher = Recording()
+
+        def setup(self: Plugins, **context: Any) -> Recording:
+            launcher.setup(**context)
+            return launcher
+
+        instantiate.side_effect = setup
+        outcome = train_py("-m", *TINY, f"outputs={tmp_path}", "seed=0,1")
+    assert outcome.code == 0
+    results = [read_json(path) for path in sorted(tmp_path.rglob("result.json"))]
+    assert given == [result["val/accuracy"] for result in results]
+    assert given != [result["test/accuracy"] for result in results]
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Every option of every group is what it says: it composes, is checked, builds, and trains."""
+"""Every option of every group composes, passes the check, builds, and trains as described."""
 
 import inspect
 import itertools
@@ -23,6 +23,7 @@ from mrpo_lab.errors import UserError
 from mrpo_lab.experiment import Experiment
 from mrpo_lab.runs.folder import Run
 from mrpo_lab.runs.naming import run_name
+from mrpo_lab.training.recorder import Recorder
 from mrpo_lab.training.trainer import Trainer
 from mrpo_lab.training.workers import Workers
 
@@ -38,7 +39,7 @@ REQUIRED = {
     "weighting=fixed": ["weighting.weights=[1,2,3]"],
     "reference_set=custom": ["reference_set.entries=[{slug: a, path: a/b}]"],
 }
-"""What an option leaves for the user to say."""
+"""Keys that an option requires the user to set."""
 SECTIONS = (
     "dataset",
     "reference_set",
@@ -200,7 +201,9 @@ class World:
         cfg = compose(*TINY, "protocol.batch_size=3", "optimizer.lr=1e-4")
         workers = Workers(0, 1, torch.device("cpu"))
         self.experiment = Experiment.build(cfg, workers)
-        self.data = self.experiment.data(self.experiment.prepare())
+        prepared = self.experiment.prepare()
+        refs = self.experiment.reference_scores(prepared).scores
+        self.data = self.experiment.data(prepared, refs)
         self.policy = self.experiment.model.build(workers.device, seed=0)
         self.initial = {n: p.detach().clone() for n, p in self.policy.trainable.items()}
         self.val = self.margins(self.data.val)
@@ -216,21 +219,20 @@ class World:
     def trainer(self, weighting: Any) -> Trainer:
         self.policy.model.load_state_dict(self.initial, strict=False)
         it = self.experiment
-        run = Run(self.folder, "run", {})
+        recorder = Recorder(Run(self.folder, "run", {}), it.tracker, {}, active=True)
         trainer = Trainer(
-            it.config,
-            self.policy,
-            self.data,
-            it.loss,
-            weighting,
-            it.sampler,
-            it.optimizer,
-            it.seeds,
-            it.workers,
-            run,
-            it.tracker,
+            config=it.config,
+            policy=self.policy,
+            data=self.data,
+            loss=it.loss,
+            weighting=weighting,
+            sampler=it.sampler,
+            optimizer=it.optimizer,
+            seeds=it.seeds,
+            workers=it.workers,
+            recorder=recorder,
         )
-        trainer.start({})
+        trainer.start()
         return trainer
 
 
@@ -250,7 +252,7 @@ def loss_of(name: str, link: str, clip: str) -> Any:
 def alpha_by_hand(
     weighting: str, world: World, history: list[oracles.Matrix], now: oracles.Matrix, arm: float
 ) -> oracles.Matrix:
-    """Per pair, from METHODS.md."""
+    """The loss per pair, computed from its definition."""
     K = len(SLUGS)  # noqa: N806
     rules = {
         "uniform": lambda: oracles.uniform(K),

@@ -1,4 +1,4 @@
-"""Every form of rows that is understood, every kind of file, and what is said of the others."""
+"""Parsing: every accepted form of rows and files, and the error messages for others."""
 
 import csv
 import gzip

@@ -1,4 +1,4 @@
-"""Filters, pool and splits against a naive implementation of METHODS.md; oddities are counted."""
+"""Filters, pool and splits against a naive implementation; unusual replies are counted."""
 
 import os
 from collections import Counter
@@ -24,7 +24,7 @@ Pair = tuple[str, str, str]
 
 
 class Given(Dataset):
-    """Pairs that a test has at hand."""
+    """A data set of given pairs."""
 
     given: Sequence[Pair] = ()
 
@@ -41,7 +41,7 @@ def dataset(pairs: Sequence[Pair], **options: Any) -> Given:
 
 @pytest.fixture(scope="module")
 def tokenizers(tiny7_dir: Path) -> list[Tokenization]:
-    """Of very different appetites: nearly bytes, large pieces, and one that folds and trims."""
+    """Three different tokenizers: nearly byte-level, large pieces, and one that folds and trims."""
     return [Tokenization(s, tiny7_dir / f"tiny-{s}") for s in ("neox", "qwen3", "gemma2")]
 
 
@@ -70,7 +70,7 @@ def some_pairs(number: int) -> list[Pair]:
 
 
 def lengths(pair: Pair, tokenizers: Sequence[Tokenization]) -> list[tuple[int, int, int]]:
-    """(prompt, chosen, rejected) tokens under each tokenizer, one pair at a time."""
+    """Token counts (prompt, chosen, rejected) of one pair under each tokenizer."""
     item = Item(({"role": "user", "content": pair[0]},), pair[1:])
     found = []
     for tokenizer in tokenizers:
@@ -81,7 +81,7 @@ def lengths(pair: Pair, tokenizers: Sequence[Tokenization]) -> list[tuple[int, i
 
 
 def percentile(values: list[int], share: float) -> float:
-    """By linear interpolation between order statistics, as numpy's default."""
+    """Percentile by linear interpolation between order statistics, numpy's default."""
     ordered = sorted(values)
     place = share / 100 * (len(ordered) - 1)
     low = int(place)
@@ -92,7 +92,7 @@ def percentile(values: list[int], share: float) -> float:
 def naive_filter(
     pairs: Sequence[Pair], tokenizers: Sequence[Tokenization], share: float, most: int
 ) -> tuple[list[Pair], list[int]]:
-    """The protocol's filters, one after the other, and how many pairs each dropped."""
+    """Apply the protocol's filters one after the other; also how many pairs each dropped."""
     measured = [(pair, lengths(pair, tokenizers)) for pair in pairs]
     worst = [
         (
@@ -182,7 +182,7 @@ class TestFilters:
         assert prepared.counts["prefix_broken"] == 0
 
     def test_identical_after_truncation(self, tokenizers: list[Tokenization]) -> None:
-        """Whole prompts that are too long, replies that differ late, and neither."""
+        """Prompts that are too long alone, replies that differ only late, and others."""
         long, late = "bread " * 200, "at the bakery on Mill Street " * 8
         pairs = [
             *some_pairs(20),
@@ -213,7 +213,7 @@ ODD: list[Pair] = [
     ("q6", "no, sir", "no"),  # a prefix
     ("q7", "good", "bad"),
     ("q7", "good", "bad"),  # a duplicate
-    ("q7", "bad", "good"),  # the other way round, which is none
+    ("q7", "bad", "good"),  # swapped, so no duplicate
     ("q8", "good", "bad"),  # another prompt
     ("q1", "yes", "yes"),  # identical and a duplicate
 ]
@@ -351,7 +351,7 @@ class TestPoolAndSplits:
 
 DEFAULT = Path(__file__).parents[2] / "shared"
 SHARED = Path(os.environ.get("MRPO_LAB_SHARED", DEFAULT)) / "data"
-STATED = {  # of DATA.md
+STATED = {  # counts that the data's documentation gives
     "hh_rlhf_short": {"rows": 3048, "identical_replies": 6, "empty_replies": 5},
     "truthfulqa_short": {"rows": 4481, "prefix_replies": 9},
     "ultrafeedback_long": {"rows": 1200, "identical_replies": 5, "empty_replies": 2},
@@ -382,7 +382,7 @@ class TestRealData:
     def test_transcripts_and_message_lists(self) -> None:
         talks = [item.prompt for item in shared("hh_rlhf_short").read()]
         roles = ["".join(message["role"][0] for message in talk) for talk in talks]
-        assert sum("aa" in each for each in roles) == 6  # so it is in the text
+        assert sum("aa" in each for each in roles) == 6  # the data have such turns
         assert sum(each.endswith("a") for each in roles) == 2
         assert all(each.startswith("u") and "uu" not in each for each in roles)
         assert not any("\n\nHuman:" in message["content"] for talk in talks for message in talk)

@@ -24,14 +24,15 @@ from mrpo_lab.data.dataset import Dataset
 from mrpo_lab.data.rows import read_rows
 from mrpo_lab.merging import __main__ as merging
 from mrpo_lab.objective import losses
-from mrpo_lab.objective.scores import Scores
+from mrpo_lab.objective.scores import Scores, chosen_first
 from mrpo_lab.objective.weighting import Context
 from mrpo_lab.objective.weighting.offline import Offline
 from mrpo_lab.report import __main__ as report
 from mrpo_lab.report import wandb_runs
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+ROOT_PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
+PAGES = [*ROOT_PAGES, *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def blocks(language: str) -> list[str]:
@@ -120,10 +121,48 @@ def test_other_command_names_what_exists(command: list[str]) -> None:
 def test_files_that_the_pages_link_or_list_exist() -> None:
     for page in PAGES:
         for link in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
-            assert (page.parent / link).exists(), f"{page}: {link}"
+            assert link.startswith("https://") or (page.parent / link).exists(), f"{page}: {link}"
+
+
+PLACES = "mrpo_lab|conf|launchers|hydra_plugins|tests|benchmarks|docs"
+CODE = re.compile(rf"`((?:{PLACES})/[\w./-]*|[\w/]+/\w+\.py)`")
+
+
+EXAMPLES = ("conf/loss/arithmetic.yaml", "conf/weighting/sharpest.yaml")
+"""Files that docs/extending.md tells to write."""
+
+
+def test_paths_in_the_text_exist() -> None:
+    """Paths from the repository's root or, as docs/design.md has them, from ``mrpo_lab/``."""
+    found = [(page, path) for page in PAGES for path in CODE.findall(page.read_text())]
+    assert len(found) >= 20
+    for page, path in found:
+        absent = not (ROOT / path).exists() and not (ROOT / "mrpo_lab" / path).exists()
+        assert not absent or path.startswith(EXAMPLES), f"{page}: {path}"
+
+
+def tree(text: str) -> list[str]:
+    """The paths of an indented tree, folders with a slash at their end."""
+    found: list[str] = []
+    above: list[str] = []
+    for line in text.splitlines():
+        indent, name = re.match(r"( *)(\S+)", line).groups()  # type: ignore[union-attr]
+        above[len(indent) // 2 :] = [name]
+        found.append("".join(above))
+    return found
+
+
+def test_the_layout_names_every_folder_and_nothing_else() -> None:
     (layout,) = re.findall(r"^```\n(train\.py.*?)^```", PAGES[0].read_text(), re.M | re.S)
-    for name in re.findall(r"\w+(?:\.py\b|/)", layout):
-        assert any((ROOT / folder / name).exists() for folder in ("", "mrpo_lab")), name
+    named = tree(layout)
+    assert [path for path in named if not (ROOT / path).exists()] == []
+    packages = {
+        f"{path.parent.relative_to(ROOT)}/"
+        for top in ("mrpo_lab", "launchers", "hydra_plugins", "tests", "benchmarks")
+        for path in (ROOT / top).rglob("*")
+        if path.suffix in (".py", ".jinja", ".html") and "fixtures" not in path.parts
+    }
+    assert packages <= set(named)
 
 
 def test_profile_of_a_cluster_of_ones_own_is_what_its_keys_may_be() -> None:
@@ -170,10 +209,12 @@ class TestExtending:
     def test_weighting(self) -> None:
         sums = torch.tensor([[[-1.0, -2.0], [-1.0, -4.0]], [[-2.0, -1.0], [-9.0, -4.0]]]).double()
         val = Scores(sums, torch.ones_like(sums, dtype=torch.int64))
-        context = Context(["a", "b"], val, lambda *subsets: [0.0], np.random.default_rng(0))
+        context = Context(
+            ["a", "b"], val, chosen_first(2), lambda *subsets: [0.0], np.random.default_rng(0)
+        )
         weighting = self.names["Sharpest"]()  # type: ignore[operator]
         weighting.start(context)
-        assert weighting.proportions(val).tolist() == [[0.0, 1.0]]
+        assert weighting.proportions(val, chosen_first(2)).tolist() == [[0.0, 1.0]]
 
     def test_dataset(self, tmp_path: Path) -> None:
         file = tmp_path / "rows.jsonl"

@@ -1,4 +1,4 @@
-"""The synthetic world and the seven models that speak its language."""
+"""The synthetic world, and the seven models that are trained on it."""
 
 import json
 import tracemalloc
@@ -83,7 +83,7 @@ class TestSyntheticRows:
             assert sum(better.values()) - sum(worse.values()) >= GAP
             for name, value in better.items():
                 gaps.setdefault(name, []).append(value - worse[name])
-        for values in gaps.values():  # every feature tells something, none tells all
+        for values in gaps.values():  # every feature carries information, none carries all
             assert 0.6 < accuracy(values) < 0.9
 
     def test_length_does_not_tell_the_preference(self) -> None:
@@ -232,7 +232,7 @@ def reply_logps(model: Any, tokenizer: Any, prompt: str, replies: list[str]) -> 
 
 @pytest.fixture(scope="module")
 def scores(tiny7_dir: Path, tokenizers: dict[str, Any]) -> Iterator[dict[str, tuple[float, float]]]:
-    """Of each model: nats per reply token, and length-normalised preference accuracy."""
+    """Nats per reply token and length-normalized preference accuracy of each model."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # see tiny7._one_thread
     rows = list(synthetic_rows(150, seed=99))

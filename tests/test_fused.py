@@ -1,4 +1,4 @@
-"""Layers that are computed our way give what transformers and peft give."""
+"""Fused layers give the numbers and gradients of transformers and peft."""
 
 from copy import deepcopy
 from typing import Any
@@ -98,6 +98,7 @@ class TestLoRA:
 
 
 def replaced(model: nn.Module) -> list[str]:
+    """Names of the layers whose forward was replaced."""
     return [name for name, layer in model.named_modules() if "forward" in vars(layer)]
 
 

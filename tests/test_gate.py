@@ -1,4 +1,4 @@
-"""The gate: it sees a reference that is scored on the wrong tokens, and lets a healthy one pass."""
+"""The gate finds a reference that is scored on wrong tokens, and lets a sound one pass."""
 
 import logging
 import math
@@ -23,8 +23,10 @@ from mrpo_lab.errors import UserError
 from mrpo_lab.models import gate, references
 from mrpo_lab.models.gate import OUTLIER, Finding, check_guess, check_outliers, check_scoring
 from mrpo_lab.models.references import Reference, ReferenceSet
-from mrpo_lab.objective.scores import Scores
-from mrpo_lab.scoring.scorer import ReplyScorer, Side, collate
+from mrpo_lab.objective.scores import Scores, chosen_first
+from mrpo_lab.scoring.kernels import Kernels
+from mrpo_lab.scoring.padding import Side, collate
+from mrpo_lab.scoring.scorer import ReplyScorer
 from mrpo_lab.storage.tables import Table
 
 CPU = torch.device("cpu")
@@ -45,15 +47,15 @@ CHARACTERS = int(LENGTHS.sum())
 
 
 class Padded(ReplyScorer):
-    """Of a model that cannot be packed."""
+    """A scorer that never packs."""
 
-    def __init__(self, model: Any) -> None:
-        super().__init__(model)
+    def __init__(self, model: Any, kernels: Kernels = "auto") -> None:
+        super().__init__(model, kernels)
         self.packs = False
 
 
 class PaddedLeftReadRight(Padded):
-    """Erratum 5 of METHODS.md: rows padded left, replies read where right padding has them."""
+    """Erratum 5: rows are padded on the left, and replies read where right padding has them."""
 
     def padded_logps(self, rows: Sequence[TokenRow], side: Side = "right") -> tuple[Tensor, Tensor]:
         padded, read = collate(rows, CPU, "left"), collate(rows, CPU, "right").is_reply
@@ -229,13 +231,13 @@ class TestReferenceSet:
     def three(
         self, tiny7_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> dict[str, Any]:
-        """Of three references the second is scored on wrong tokens; an empty cache."""
+        """Three references, the second scored on wrong tokens, and an empty cache."""
         monkeypatch.setenv("MRPO_LAB_CACHE", str(tmp_path))
         real = ReplyScorer
 
-        def scorer(model: Any) -> ReplyScorer:
+        def scorer(model: Any, kernels: Kernels) -> ReplyScorer:
             wrong = model.config.model_type == "qwen3"
-            return PaddedLeftReadRight(model) if wrong else real(model)
+            return PaddedLeftReadRight(model, kernels) if wrong else real(model, kernels)
 
         monkeypatch.setattr(references, "ReplyScorer", scorer)
         entries = [
@@ -245,7 +247,7 @@ class TestReferenceSet:
         return {"entries": entries, "dtype": "float32"}
 
     def scores(self, refs: ReferenceSet, items: Sequence[Item] = UNEVEN) -> Scores:
-        return refs.scores(items, reply_ids(items), CPU)
+        return refs.scores(items, reply_ids(items), CPU).scores
 
     def test_stop_names_it_and_keeps_none_of_its_numbers(self, three: dict[str, Any]) -> None:
         refs = ReferenceSet(**three, gate="stop")
@@ -254,6 +256,14 @@ class TestReferenceSet:
                 self.scores(refs)
         shards = [len(list(r.table().folder.glob("*.safetensors"))) for r in refs.members]
         assert shards == [1, 0, 0]
+
+    def test_findings_come_with_the_scores(self, three: dict[str, Any]) -> None:
+        refs = ReferenceSet(**three, gate="warn")
+        first = refs.scores(UNEVEN, reply_ids(UNEVEN), CPU).findings
+        assert {finding.slug for finding in first} == {"qwen3"}
+        assert "differ by" in first[0].problem
+        assert "of the other references" in first[-1].problem
+        assert refs.scores(UNEVEN, reply_ids(UNEVEN), CPU).findings == first  # from the store
 
     def test_warn_says_so_and_goes_on_and_remembers(
         self, three: dict[str, Any], caplog: pytest.LogCaptureFixture
@@ -280,4 +290,4 @@ class TestReferenceSet:
             scores = self.scores(ReferenceSet(**three))
         assert not caplog.records
         assert isinstance(ReferenceSet(**three).all[0].table(), Table)
-        assert scores.accuracy().shape == (3,)
+        assert scores.accuracy(chosen_first(len(scores))).shape == (3,)

@@ -1,4 +1,4 @@
-"""Items on disk are the items that were written, and a million of them fit into little memory."""
+"""Spooled items equal the items that were written, and a million of them take little memory."""
 
 import gc
 import math
@@ -44,20 +44,28 @@ def pair(number: int, *replies: str) -> Item:
 class TestItems:
     @given(st.lists(ITEMS, max_size=6))
     def test_come_back_as_they_were(self, given: list[Item]) -> None:
-        items = Items.of(iter(given))
+        items = Items.from_iterable(iter(given))
         assert list(items) == given
         assert [items[i] for i in range(-len(given), 0)] == given
         np.testing.assert_array_equal(items.ids, reply_ids(given))
 
     def test_a_missing_rating_stays_missing(self) -> None:
-        (item,) = Items.of([Item(pair(0).prompt, ("a", "b"), {"x": (math.nan, 1.5)})])
+        (item,) = Items.from_iterable([Item(pair(0).prompt, ("a", "b"), {"x": (math.nan, 1.5)})])
         assert math.isnan(item.ratings["x"][0])
         assert item.ratings["x"][1] == 1.5
 
+    def test_aspects_are_kept_in_the_order_of_their_first_appearance(self) -> None:
+        prompt = pair(0).prompt
+        items = Items.from_iterable(
+            Item(prompt, ("a", "b"), dict.fromkeys(aspects, (1.0, 2.0)))
+            for aspects in ("", "ba", "cb")
+        )
+        assert items.aspects == items[:1].aspects == ("b", "a", "c")
+
     def test_some_of_them(self) -> None:
         given = [pair(i, *"abc"[: 1 + i % 3]) for i in range(9)]
-        items = Items.of(given)
-        assert Items.of(items) is items
+        items = Items.from_iterable(given)
+        assert Items.from_iterable(items) is items
         some = items[np.array([7, 2, 2, 5])]
         del items
         assert list(some) == [given[i] for i in (7, 2, 2, 5)]
@@ -69,11 +77,11 @@ class TestItems:
 
     def test_more_than_is_written_at_once(self) -> None:
         given = [pair(i, str(i) * 100_000, "no") for i in range(30)]
-        assert list(Items.of(given)) == given
+        assert list(Items.from_iterable(given)) == given
 
     def test_leave_no_file(self, cache: Path) -> None:
         opened = set(os.listdir("/proc/self/fd"))
-        items = Items.of(pair(i) for i in range(3))
+        items = Items.from_iterable(pair(i) for i in range(3))
         assert items[2] == pair(2)
         assert not list(cache.iterdir())
         del items
@@ -84,7 +92,7 @@ class TestItems:
         full = open("/dev/full", "wb", 0)  # noqa: SIM115  the items close it
         monkeypatch.setattr("tempfile.TemporaryFile", lambda **_: full)
         with pytest.raises(UserError, match=r"cache .*: No space left on device: set MRPO_LAB_C"):
-            Items.of([pair(0)])
+            Items.from_iterable([pair(0)])
 
 
 def test_no_list_has_two_replies(tmp_path: Path) -> None:
@@ -98,8 +106,10 @@ def test_no_list_has_two_replies(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("surroundings")
 def test_a_million_pairs_fit() -> None:
-    """Of the whole process, libraries included, by what each pair more takes. What a million really
-    take is measured by ``python -m benchmarks.memory``."""
+    """Extrapolate the peak memory of the whole process, libraries included, from two sizes.
+
+    ``python -m benchmarks.memory`` measures a million pairs directly.
+    """
     few, many = 5_000, 40_000
     small, large = (measure(pairs, "embedded:tiny7/tiny-qwen2") for pairs in (few, many))
     assert large.eligible == many

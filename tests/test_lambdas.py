@@ -52,14 +52,14 @@ class TestDistributions:
         for aspect in range(3):  # each component is a beta variable
             beta = scipy.stats.beta(alpha[aspect], sum(alpha) - alpha[aspect])
             assert scipy.stats.kstest(found[:, aspect], beta.cdf).pvalue > 1e-3
-        assert found.mean(0) == pytest.approx(sampler.centre(ASPECTS).numpy(), abs=0.02)
+        assert found.mean(0) == pytest.approx(sampler.mean_lambda(ASPECTS).numpy(), abs=0.02)
 
     def test_table(self) -> None:
         sampler = started(TableLambda(ROWS, [1, 0, 3]))
         found = Counter(map(tuple, drawn(sampler, 4000).tolist()))
         assert set(found) == {(1, 0, 0), (0, 0.5, 0.5)}
         assert scipy.stats.binomtest(found[1, 0, 0], 4000, 0.25).pvalue > 1e-3
-        assert sampler.centre(ASPECTS).tolist() == [0.25, 0.375, 0.375]
+        assert sampler.mean_lambda(ASPECTS).tolist() == [0.25, 0.375, 0.375]
         equal = started(TableLambda(ROWS))
         found_rows = np.unique(drawn(equal, 100), axis=0)
         assert np.array_equal(found_rows, np.unique(IN_ORDER, axis=0))
@@ -88,7 +88,7 @@ class World:
 
 
 def pulls(sampler: LearnedLambda, world: World, steps: int) -> list[int]:
-    table = sampler.centre(ASPECTS), torch.tensor(IN_ORDER).double()
+    table = sampler.mean_lambda(ASPECTS), torch.tensor(IN_ORDER).double()
     chosen = []
     for _ in range(steps):
         weights = sampler.draw()

@@ -1,4 +1,4 @@
-"""Lists as data: the forms of rows, what is dropped and counted, and lists read as pairs."""
+"""Lists of rated replies: parsing, what is dropped and counted, and conversion to pairs."""
 
 import json
 import math
@@ -164,6 +164,30 @@ class TestLists:
         assert found.labels.aspects == ["honest"]
         with pytest.raises(UserError, match="no reply is rated by 'truth', but by"):
             dataset(file, aspects=["truth"]).read()
+
+    def test_items_can_be_prepared_by_a_data_set_that_did_not_read_them(
+        self, file: str, tokenizers: list[Tokenization]
+    ) -> None:
+        items, rng = dataset(file).read(), np.random.default_rng(0)
+        for options in ({}, {"pairs": "best_worst", "by": {"honest": 1.0}}):
+            found = dataset(file, **options).prepare(items, tokenizers, rng)
+            again = prepared(dataset(file, **options), tokenizers)
+            assert found.counts == again.counts
+            assert found.labels.aspects == again.labels.aspects
+        with pytest.raises(UserError, match="no reply is rated by 'truth'"):
+            dataset(file, aspects=["truth"]).prepare(items, tokenizers, rng)
+
+    def test_items_are_rated_by_the_chosen_aspects_in_their_order(
+        self, file: str, tokenizers: list[Tokenization]
+    ) -> None:
+        found = prepared(dataset(file, aspects=["honest", "kind"]), tokenizers)
+        assert found.labels.aspects == ["honest", "kind"]
+        for n, item in enumerate(found.items):
+            assert list(item.ratings) == ["honest", "kind"]
+            for a, ratings in enumerate(item.ratings.values()):
+                assert found.labels.ratings[n, a, : len(ratings)].tolist() == pytest.approx(
+                    ratings, nan_ok=True
+                )
 
     def test_repeated_replies_are_kept_once(
         self, tmp_path: Path, tokenizers: list[Tokenization]

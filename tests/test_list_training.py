@@ -144,16 +144,19 @@ class TestToldLambda:
     ) -> None:
         experiment = Experiment.build(compose(*lists, "lambda=dirichlet"), Workers.start())
         prepared = experiment.prepare()
-        data = experiment.data(prepared)
+        refs = experiment.reference_scores(prepared).scores
+        data = experiment.data(prepared, refs)
         tokenizer = experiment.model.tokenization.format.tokenizer
-        (told,) = data.tokens([3], torch.tensor([0.25, 0.75]).double())
+        (told,) = data.tokens.rows([3], torch.tensor([0.25, 0.75]).double())
         for row in told:
             text = tokenizer.decode(row.ids)
             assert "honest 0.75, kind 0.25" in text
             assert prepared.items[3].prompt[0]["content"] in text
-        plain = Experiment.build(compose(*lists), Workers.start()).data(prepared)
+        unconditioned = Experiment.build(compose(*lists), Workers.start())
+        plain_refs = unconditioned.reference_scores(prepared).scores
+        plain = unconditioned.data(prepared, plain_refs)
         assert torch.equal(plain.refs.sums, data.refs.sums)
-        (untold,) = plain.tokens([3], torch.ones(2))
+        (untold,) = plain.tokens.rows([3], torch.ones(2))
         assert "kind" not in tokenizer.decode(untold[0].ids)
         replies = [row.ids[row.start :].tolist() for row in told]
         assert replies == [row.ids[row.start :].tolist() for row in untold]
@@ -216,9 +219,9 @@ class TestMerging:
 
         assert report.main([str(tmp_path), "--out", str(tmp_path / "report")]) == 0
         table = (tmp_path / "report" / "tables" / "trade-off.csv").read_text()
-        for policy in ("base", "told lambda", "not told", "merged", "kind alone"):
+        for policy in ("base", "conditioned", "unconditioned", "merged", "kind alone"):
             assert f",{policy}," in table
-        assert "λ dirichlet concentration=1.0, told" in table
+        assert "λ dirichlet concentration=1.0, conditioned" in table
         assert len(list((tmp_path / "report" / "figures").glob("*trade-off-*.pdf"))) == 4
 
     def test_what_does_not_belong_together_is_refused(
@@ -226,7 +229,7 @@ class TestMerging:
     ) -> None:
         told, kind, honest = map(str, runs)
         for arguments, message in (
-            ([kind, kind, honest], "this policy was not told lambda"),
+            ([kind, kind, honest], "this policy is not conditioned on lambda"),
             ([told, kind], "no run was given that was trained on honest alone"),
             ([told, told, honest], "not trained on one aspect alone"),
             ([str(Path(told).parent), kind], "no run; a run is a folder with config.yaml"),

@@ -17,7 +17,7 @@ from test_losses import CLIPS, COMBINATIONS
 from mrpo_lab.objective import losses, ranking
 from mrpo_lab.objective.labels import Labels
 from mrpo_lab.objective.losses import PreferenceLoss
-from mrpo_lab.objective.scores import Scores, per_prompt
+from mrpo_lab.objective.scores import Scores, chosen_first, per_prompt
 from mrpo_lab.objective.weighting import ARWC, SWCW, to_simplex
 from mrpo_lab.training.metrics import batch_metrics
 
@@ -35,9 +35,9 @@ def built(combine: str, link: Any = losses.listwise, clip: str = "none") -> Pref
     )
 
 
-def lists(seed: int = 0) -> tuple[Scores, Scores, torch.Tensor, Labels]:
-    """Policy scores (6, 5), reference scores (6, 3, 5), alpha, and labels by two aspects, the
-    second of which lacks a rating of the third list."""
+def lists(seed: int = 0) -> tuple[Scores, Scores, torch.Tensor, torch.Tensor, Labels]:
+    """Policy scores (6, 5), reference scores (6, 3, 5), alpha, target, and labels by two aspects,
+    the second of which lacks a rating of the third list."""
     rng = np.random.default_rng(seed)
     present = torch.arange(5) < torch.tensor(LENGTHS).unsqueeze(-1)
     counts = torch.from_numpy(rng.integers(3, 30, (6, 4, 5))) * present.unsqueeze(1)
@@ -49,9 +49,10 @@ def lists(seed: int = 0) -> tuple[Scores, Scores, torch.Tensor, Labels]:
     target = labels.mix(tensor([0.3, 0.7]))
     alpha = torch.from_numpy(rng.dirichlet([1, 1, 1], 6))
     return (
-        Scores(sums[:, 0], counts[:, 0], target),
-        Scores(sums[:, 1:], counts[:, 1:], target),
+        Scores(sums[:, 0], counts[:, 0]),
+        Scores(sums[:, 1:], counts[:, 1:]),
         alpha,
+        target,
         labels,
     )
 
@@ -65,12 +66,7 @@ def row(values: torch.Tensor, n: int) -> list[float]:
 def reordered(scores: Scores, order: list[torch.Tensor]) -> Scores:
     index = torch.stack(order)
     wide = index if scores.sums.ndim == 2 else index.unsqueeze(1).expand_as(scores.sums)
-    assert scores.target is not None
-    return Scores(
-        scores.sums.gather(-1, wide),
-        scores.counts.gather(-1, wide),
-        scores.target.gather(-1, index),
-    )
+    return Scores(scores.sums.gather(-1, wide), scores.counts.gather(-1, wide))
 
 
 def shuffled(seed: int) -> list[torch.Tensor]:
@@ -83,7 +79,7 @@ def shuffled(seed: int) -> list[torch.Tensor]:
 
 class TestTargets:
     def test_against_the_oracle(self) -> None:
-        labels = lists()[3]
+        labels = lists()[4]
         for n in range(6):
             ratings = [row(labels.ratings[:, a], n) for a in range(2)]
             for weights in ([0.3, 0.7], [1.0, 0.0], [0.0, 1.0]):
@@ -111,8 +107,8 @@ ALL = torch.ones(1, 4, dtype=torch.bool)
 class TestLoss:
     @combinations
     def test_against_the_oracle(self, combine: str) -> None:
-        policy, refs, alpha, _ = lists()
-        found = built(combine)(policy, refs, alpha).loss
+        policy, refs, alpha, target, _ = lists()
+        found = built(combine)(policy, refs, alpha, target).loss
         for n in range(6):
             logps: oracles.Matrix = refs.logps()[n, :, : LENGTHS[n]].tolist()
             weights: oracles.Row = alpha[n].tolist()
@@ -123,7 +119,7 @@ class TestLoss:
                 logps,
                 weights,
                 2.0,
-                row(policy.labels, n),
+                row(target, n),
                 combine="mrpo" if combine == "dpo" else combine,
             )
             assert float(found[n]) == pytest.approx(expected, rel=1e-12)
@@ -132,70 +128,70 @@ class TestLoss:
     @clips
     def test_of_two_is_the_pair(self, combine: str, clip: str) -> None:
         """Loss, gradient, weight, by reference: listwise on (1, 0) is logistic."""
-        policy, refs, alpha, _ = lists()
+        policy, refs, alpha, _, _ = lists()
         policy, refs = (Scores(s.sums[..., :2], s.counts[..., :2]) for s in (policy, refs))
         pair, of_two = built(combine, losses.logistic, clip), built(combine, clip=clip)
         chosen = tensor([[1.0, 0.0]]).expand(6, 2)
-        for labels in (refs, refs.labelled(chosen)):
-            close(of_two.by_reference(policy, labels), pair.by_reference(policy, labels))
-            weights = (loss.pair_weights(policy, labels, alpha) for loss in (of_two, pair))
-            close(*weights)
-            close(of_two(policy, labels, alpha).loss, pair(policy, labels, alpha).loss)
-            close(labels.margins(), refs.logps()[..., 0] - refs.logps()[..., 1])
+        assert torch.equal(chosen, chosen_first(6))
+        close(of_two.by_reference(policy, refs, chosen), pair.by_reference(policy, refs, chosen))
+        weights = (loss.pair_weights(policy, refs, alpha, chosen) for loss in (of_two, pair))
+        close(*weights)
+        close(of_two(policy, refs, alpha, chosen).loss, pair(policy, refs, alpha, chosen).loss)
+        close(refs.margins(chosen), refs.logps()[..., 0] - refs.logps()[..., 1])
 
     @combinations
     @pytest.mark.parametrize("link", [losses.logistic, losses.ipo, losses.hinge, losses.robust])
     def test_pair_links_follow_the_labels(self, combine: str, link: Any) -> None:
-        policy, refs, alpha, _ = lists()
+        policy, refs, alpha, _, _ = lists()
         policy, refs = (Scores(s.sums[..., :2], s.counts[..., :2]) for s in (policy, refs))
         flipped = [Scores(s.sums.flip(-1), s.counts.flip(-1)) for s in (policy, refs)]
         second = tensor([[0.2, 0.8]]).expand(6, 2)
         loss = built(combine, link)
-        other = loss(flipped[0], flipped[1].labelled(second), alpha).loss
-        close(other, loss(policy, refs, alpha).loss)
+        other = loss(flipped[0], flipped[1], alpha, second).loss
+        close(other, loss(policy, refs, alpha, chosen_first(6)).loss)
 
     @combinations
     @clips
     def test_order_and_padding_change_nothing(self, combine: str, clip: str) -> None:
-        policy, refs, alpha, _ = lists()
+        policy, refs, alpha, target, _ = lists()
         loss = built(combine, clip=clip)
-        expected = loss(policy, refs, alpha)
+        expected = loss(policy, refs, alpha, target)
         order = shuffled(1)
-        again = reordered(policy, order), reordered(refs, order)
-        found = loss(*again, alpha)
+        moved = target.gather(-1, torch.stack(order))
+        again = reordered(policy, order), reordered(refs, order), alpha, moved
+        found = loss(*again)
         close(found.loss, expected.loss)
         close(found.rewards, expected.rewards.gather(-1, torch.stack(order)))
-        close(loss.pair_weights(*again, alpha), loss.pair_weights(policy, refs, alpha))
+        close(loss.pair_weights(*again), loss.pair_weights(policy, refs, alpha, target))
         for n, length in enumerate(LENGTHS):  # each list alone, as wide as it is
             alone = [
-                Scores(
-                    s.sums[[n], ..., :length], s.counts[[n], ..., :length], s.labels[[n], :length]
-                )
+                Scores(s.sums[[n], ..., :length], s.counts[[n], ..., :length])
                 for s in (policy, refs)
             ]
-            close(loss(alone[0], alone[1], alpha[[n]]).loss, expected.loss[[n]])
+            found = loss(alone[0], alone[1], alpha[[n]], target[[n], :length])
+            close(found.loss, expected.loss[[n]])
 
     def test_weight_is_a_distance_of_distributions(self) -> None:
-        policy, refs, alpha, _ = lists()
-        weights = built("mrpo").pair_weights(policy, refs, alpha)
-        rewards = built("mrpo")(policy, refs, alpha).rewards
+        policy, refs, alpha, target, _ = lists()
+        weights = built("mrpo").pair_weights(policy, refs, alpha, target)
+        rewards = built("mrpo")(policy, refs, alpha, target).rewards
         for n in range(6):
             softmax = [math.exp(v) for v in oracles.log_softmax(row(rewards, n))]
-            p = row(policy.labels, n)
+            p = row(target, n)
             apart = sum(abs(a - b) for a, b in zip(softmax, p, strict=True)) / 2
             assert float(weights[n]) == pytest.approx(apart, rel=1e-9)
 
     @combinations
     def test_nothing_asked_for_is_no_gradient(self, combine: str) -> None:
-        policy, refs, alpha, _ = lists()
+        policy, refs, alpha, _, _ = lists()
         nothing = torch.zeros_like(policy.sums)
         sums = policy.sums.clone().requires_grad_()
-        loss = built(combine)(Scores(sums, policy.counts), refs.labelled(nothing), alpha).loss
+        loss = built(combine)(Scores(sums, policy.counts), refs, alpha, nothing).loss
         loss.sum().backward()
         assert loss.tolist() == [0.0] * 6
         assert sums.grad is not None
         assert not sums.grad.any()
-        assert not refs.labelled(nothing).margins().any()
+        assert not refs.margins(nothing).any()
 
     def test_pair_links_refuse_lists_when_they_are_checked(self) -> None:
         built("mdpo").check(5)
@@ -205,32 +201,34 @@ class TestLoss:
 
 class TestMargins:
     def test_against_the_oracle(self) -> None:
-        policy, refs, _, _ = lists()
+        policy, refs, _, target, _ = lists()
         for n in range(6):
-            p = row(policy.labels, n)
-            assert float(policy.margins()[n]) == pytest.approx(
+            p = row(target, n)
+            assert float(policy.margins(target)[n]) == pytest.approx(
                 oracles.list_margin(row(policy.logps(), n), p), rel=1e-12
             )
             for k in range(3):
-                assert float(refs.margins()[n, k]) == pytest.approx(
+                assert float(refs.margins(target)[n, k]) == pytest.approx(
                     oracles.list_margin(row(refs.logps()[:, k], n), p), rel=1e-12
                 )
 
     @pytest.mark.parametrize("weighting", [ARWC(), SWCW()])
     def test_weightings_do_not_see_the_order(self, weighting: Any) -> None:
-        refs = lists()[1]
-        weighting.after_step(refs)
-        alpha, _ = to_simplex(weighting.proportions(refs), 6)
-        again = reordered(refs, shuffled(2))
-        weighting.after_step(again)
-        close(to_simplex(weighting.proportions(again), 6)[0], alpha)
+        _, refs, _, target, _ = lists()
+        weighting.after_step(refs, target)
+        alpha, _ = to_simplex(weighting.proportions(refs, target), 6)
+        order = shuffled(2)
+        again = reordered(refs, order), target.gather(-1, torch.stack(order))
+        weighting.after_step(*again)
+        close(to_simplex(weighting.proportions(*again), 6)[0], alpha)
 
     def test_metrics_do_not_see_the_order(self) -> None:
-        policy, refs, alpha, _ = lists()
+        policy, refs, alpha, target, _ = lists()
         slugs, order = ["x", "y", "z"], shuffled(3)
-        found = batch_metrics(built("mdpo"), policy, refs, alpha, slugs)
+        found = batch_metrics(built("mdpo"), policy, refs, alpha, target, slugs)
         again = reordered(policy, order), reordered(refs, order)
-        other = batch_metrics(built("mdpo"), *again, alpha, slugs)
+        moved = target.gather(-1, torch.stack(order))
+        other = batch_metrics(built("mdpo"), *again, alpha, moved, slugs)
         assert other == pytest.approx(found, rel=1e-9)
         assert found["rewards/chosen"] > -100
 

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from mrpo_lab.objective import losses
 from mrpo_lab.objective.losses import Clip, Combination, Link, PreferenceLoss, effective_sample_size
-from mrpo_lab.objective.scores import Scores
+from mrpo_lab.objective.scores import Scores, chosen_first
 
 
 def heaviest(refs: Matrix, alpha: Row) -> Row:
@@ -74,6 +74,7 @@ any_link = st.sampled_from(sorted(LINKS))
 properties = settings(max_examples=50, deadline=None)
 close = partial(torch.testing.assert_close, rtol=1e-9, atol=1e-9)
 tensor = partial(torch.tensor, dtype=torch.float64)
+CHOSEN = chosen_first(6)
 
 
 @dataclass(frozen=True)
@@ -165,9 +166,9 @@ class TestAgainstTheOracle:
             of = partial(naive, refs=CLIPS[clip][1](ref_logps), alpha=alpha, **keywords)
             expected.append(of(logps))
             weights.append(oracles.pair_weight(of, logps, loss.beta))
-        close(loss(policy, refs, case.alpha).loss, tensor(expected))
+        close(loss(policy, refs, case.alpha, CHOSEN).loss, tensor(expected))
         with torch.no_grad():  # where metrics are computed
-            found = loss.pair_weights(policy, refs, case.alpha)
+            found = loss.pair_weights(policy, refs, case.alpha, CHOSEN)
         close(found, tensor(weights), rtol=1e-6, atol=1e-6)
 
     @combinations
@@ -177,14 +178,14 @@ class TestAgainstTheOracle:
         policy, refs, case = scored(ln)
         reference = COMBINATIONS[combine][2]
         against = tensor([reference(CLIPS[clip][1](refs), a) for _, refs, a in case.rows()])
-        rewards = built(combine, "hinge", clip, ln)(policy, refs, case.alpha).rewards
+        rewards = built(combine, "hinge", clip, ln)(policy, refs, case.alpha, CHOSEN).rewards
         close(rewards, case.beta * (case.policy - against))
 
     @links
     def test_loss_by_reference_is_unclipped_dpo(self, link: str, ln: bool) -> None:
         policy, refs, case = scored(ln)
         expected = [case.dpo(k, link) for k in range(3)]
-        found = built("mrpo", link, "ctro", ln).by_reference(policy, refs)
+        found = built("mrpo", link, "ctro", ln).by_reference(policy, refs, CHOSEN)
         close(found, torch.stack(expected, dim=1))
 
     def test_pair_weights_of_mdpo_in_closed_form(self, ln: bool) -> None:
@@ -192,7 +193,7 @@ class TestAgainstTheOracle:
         policy, refs, case = scored(ln)
         expected = [oracles.pair_weight_mdpo(*row, case.beta) for row in case.rows()]
         loss = built("mdpo", "logistic", "none", ln)
-        close(loss.pair_weights(policy, refs, case.alpha), tensor(expected))
+        close(loss.pair_weights(policy, refs, case.alpha, CHOSEN), tensor(expected))
 
 
 class TestIdentities:
@@ -401,4 +402,4 @@ def test_every_shipped_choice_has_a_row(folder: str, node: str | None, table: An
     shipped: list[Any] = [OmegaConf.load(file) for file in sorted(files)]
     targets = {(choice[node] if node else choice)["_target_"] for choice in shipped}
     functions = [getattr(row[0], "func", row[0]) for row in table.values()]
-    assert targets == {f"mrpo_lab.objective.losses.{function.__name__}" for function in functions}
+    assert targets == {f"mrpo_lab.{function.__name__}" for function in functions}

@@ -1,25 +1,31 @@
-"""Checkpoints as they are run: dtypes, adapters, quantised weights; where they come from."""
+"""Model weights: dtypes, adapters, quantization, kernels, and where weights come from."""
 
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 import torch
+from harness import TINY, compose
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from whole_logits import assert_same_gradient, gradient, slow_score, weighted
 
+from mrpo_lab import configs
 from mrpo_lab.data.rows import parse_item
 from mrpo_lab.data.texts import TokenRow
 from mrpo_lab.embedded.synthetic import synthetic_rows
 from mrpo_lab.errors import UserError
+from mrpo_lab.models import weights
 from mrpo_lab.models.policy import PolicyConfig
 from mrpo_lab.models.references import Reference
 from mrpo_lab.models.weights import locate, weights_hash
-from mrpo_lab.scoring.scorer import ReplyScorer, Side
+from mrpo_lab.runs.identity import difference
+from mrpo_lab.scoring.padding import Side
+from mrpo_lab.scoring.scorer import ReplyScorer
 
 CPU = torch.device("cpu")
 LORA: dict[str, Any] = {
@@ -42,9 +48,9 @@ def reference(folder: Path, **options: Any) -> Reference:
     return Reference(**{"slug": "one", "path": str(folder), "dtype": "float32"} | options)
 
 
-def some_rows(checkpoint: Reference | PolicyConfig, pairs: int = 3) -> list[TokenRow]:
+def some_rows(source: Reference | PolicyConfig, pairs: int = 3) -> list[TokenRow]:
     items = [parse_item(row, "") for row in synthetic_rows(pairs, seed=9)]
-    return [row for rows in checkpoint.tokenization.rows(items) for row in rows or ()]
+    return [row for rows in source.tokenization.rows(items) for row in rows or ()]
 
 
 def scores(model: nn.Module, rows: list[TokenRow], side: Side | None = None) -> Tensor:
@@ -154,7 +160,7 @@ class TestQuantized:
         torch.testing.assert_close(found, slow_scores(model, rows), rtol=0, atol=tolerance * 20)
         counts = torch.tensor([row.reply_tokens for row in rows])
         apart = ((found - scores(reference(mistral).load(CPU), rows)) / counts).abs()
-        assert 1e-5 < apart.max() < 0.2  # quantised, and still the same model
+        assert 1e-5 < apart.max() < 0.2  # quantized, and still the same model
 
     @pytest.mark.parametrize(("quantization", "tolerance"), [("nf4", 1e-6), ("int8", 1e-3)])
     def test_lora_trains_as_on_the_weights_that_the_bits_stand_for(
@@ -198,6 +204,104 @@ def test_narrow_dtypes_are_scored_near_float32(mistral: Path, dtype: str, tolera
     counts = torch.tensor([row.reply_tokens for row in rows])
     apart = ((scores(model, rows) - scores(exact.load(CPU), rows)) / counts).abs()
     assert 0 < apart.max() < tolerance
+
+
+class TestKernels:
+    """``kernels=off`` computes with plain transformers and peft."""
+
+    def replaced(self, model: nn.Module) -> list[str]:
+        return [name for name, layer in model.named_modules() if "forward" in vars(layer)]
+
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+    def test_nothing_is_replaced_and_scores_agree(
+        self, mistral: Path, adapter: Path, dtype: str
+    ) -> None:
+        near = 1e-5 if dtype == "float32" else 0.1
+        lora = {**LORA, "target_modules": ["q_proj", "gate_proj", "up_proj", "down_proj"]}
+        rows = some_rows(reference(mistral))
+        counts = torch.tensor([row.reply_tokens for row in rows])
+        for options in ({"adapter": str(adapter)}, {}):
+            found = []
+            for kernels in ("auto", "off"):
+                plain = kernels == "off"
+                source = reference(mistral, dtype=dtype, kernels=kernels, **options)
+                model: Any = source.load(CPU)
+                self.check(model, scorer := ReplyScorer(model, source.kernels), rows, plain=plain)
+                found.append(scorer.score([tuple(rows)], 10**6).sums[0] / counts)
+            torch.testing.assert_close(found[0], found[1], rtol=0, atol=near)
+        gradients = []
+        for kernels in ("auto", "off"):
+            config = PolicyConfig(path=str(mistral), dtype=dtype, lora=lora, kernels=kernels)  # type: ignore[arg-type]
+            policy = config.build(CPU, seed=0)
+            trained(policy.model)
+            self.check(policy.model, policy.scorer, rows, plain=kernels == "off")
+            policy.model.train()
+            gradients.append(gradient(policy.model, policy.scorer.logps([tuple(rows)])[0].sum()))
+        near = 1e-4 if dtype == "float32" else 0.1
+        assert float((gradients[0] - gradients[1]).norm()) < near * float(gradients[1].norm())
+
+    def check(self, model: Any, scorer: ReplyScorer, rows: list[TokenRow], plain: bool) -> None:
+        causal = model.get_base_model() if hasattr(model, "peft_config") else model
+        shapes: list[torch.Size] = []
+        hook = causal.get_output_embeddings().register_forward_hook(
+            lambda module, inputs, output: shapes.append(output.shape)
+        )
+        scorer.score([tuple(rows)], 10**6)
+        hook.remove()
+        width = max(len(row.ids) for row in rows)
+        whole_logits = any(shape[:2] == (len(rows), width) for shape in shapes)
+        assert whole_logits == plain
+        assert (not self.replaced(model)) == plain
+        assert causal.config._attn_implementation == ("sdpa" if plain else "packed_or_sdpa")
+        assert scorer.packs != plain
+
+    def test_a_policy_is_fused_once_its_adapter_is_there(self, mistral: Path) -> None:
+        lora = {**LORA, "target_modules": "all-linear"}
+        config = PolicyConfig(path=str(mistral), dtype="float32", lora=lora)
+        names = self.replaced(config.build(CPU, seed=0).model)
+        assert sum(name.endswith("norm") for name in names) == 2 * 3 + 1
+        assert sum(name.endswith(".mlp") for name in names) == 3
+        assert sum(name.endswith("_proj") for name in names) == 7 * 3
+        full = replace(config, lora=None).build(CPU, seed=0).model
+        assert {name.rpartition(".")[2] for name in self.replaced(full)} == {"mlp"}
+
+    def test_layers_are_replaced_on_the_device_of_the_model(
+        self, mistral: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """What a layer keeps, such as a norm's effective weight, must be on that device."""
+        seen: list[str] = []
+        monkeypatch.setattr(
+            weights, "fuse", lambda m: seen.append(next(m.parameters()).device.type)
+        )
+        reference(mistral).load(torch.device("meta"))
+        PolicyConfig(path=str(mistral), dtype="float32").build(CPU, seed=0)
+        assert seen == ["meta", "cpu"]
+
+    @pytest.mark.parametrize("value", ["off", False])
+    def test_one_key_is_for_models_and_references(self, value: str | bool) -> None:
+        cfg = compose(TINY[0])
+        before = configs.check(cfg)
+        assert before["kernels"] == before["model"]["kernels"] == "auto"
+        cfg.kernels = value  # false is how YAML reads the word off
+        off = configs.check(cfg)
+        assert off["kernels"] == off["model"]["kernels"] == off["reference_set"]["kernels"] == "off"
+        assert {r.kernels for r in configs.build(cfg, "reference_set").all} == {"off"}
+        assert {line.partition(":")[0] for line in difference(off, before)} == {
+            "kernels",
+            "model.kernels",
+            "reference_set.kernels",
+        }
+        older = {key: node for key, node in before.items() if key != "kernels"}
+        for section in ("model", "reference_set"):
+            older[section] = {k: v for k, v in before[section].items() if k != "kernels"}
+        assert difference(older, before) == difference(before, older) == []
+        assert difference(off, older)
+
+    def test_other_values_are_refused(self, mistral: Path) -> None:
+        with pytest.raises(ValueError, match="kernels must be auto or off, got 'fast'"):
+            reference(mistral, kernels="fast")
+        with pytest.raises(UserError, match=r"model\.kernels: Input should be 'auto' or 'off'"):
+            configs.check(compose(TINY[0], "kernels=fast"))
 
 
 class TestFiles:

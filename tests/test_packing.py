@@ -1,6 +1,9 @@
-"""Packed rows against the oracle: each reply alone, its whole logits, token by token."""
+"""Packed rows are scored as the oracle scores them: each reply alone, whole logits, by token."""
 
 import logging
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -9,6 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from test_scoring import CONFIGS, GROUPED, SPECIAL, build, random_model
+from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     FalconConfig,
@@ -24,10 +28,18 @@ from transformers import (
 from whole_logits import VOCABULARY, gradient, slow_score, weighted
 
 from mrpo_lab.data.texts import Replies, TokenRow
+from mrpo_lab.merging.merged_policies import load_adapters
+from mrpo_lab.models.policy import PolicyConfig
 from mrpo_lab.scoring import attention
 from mrpo_lab.scoring import scorer as scoring
-from mrpo_lab.scoring.attention import How
-from mrpo_lab.scoring.packing import Multiples, balanced, pack, packed_tokens, shared_tokens
+from mrpo_lab.scoring.attention import AttentionOptions
+from mrpo_lab.scoring.packing import (
+    PadToMultipleOf,
+    balanced,
+    pack,
+    packed_tokens,
+    shared_tokens,
+)
 from mrpo_lab.scoring.scorer import ReplyScorer
 
 CPU = torch.device("cpu")
@@ -51,12 +63,12 @@ OTHERS: dict[str, PreTrainedConfig] = {
         **GROUPED, **LINEAR, head_dim=8, layer_types=["linear_attention", "full_attention"]
     ),
 }
-ALONE = {"bloom", "falcon", "mamba", "gpt_oss", "qwen3_next"}
-"""Those that cannot be packed: biased scores, sinks, states that run through."""
+UNPACKABLE = {"bloom", "falcon", "mamba", "gpt_oss", "qwen3_next"}
+"""Architectures that cannot be packed: biased scores, attention sinks, recurrent states."""
 
 
 def items_of(*shapes: tuple[int, ...], seed: int = 0) -> list[Replies]:
-    """For each shape, prompt tokens and then each reply's, an item of random tokens."""
+    """An item of random tokens for each shape: the prompt's number of tokens, then each reply's."""
     rng = np.random.default_rng(seed)
     items = []
     for start, *replies in shapes:
@@ -74,13 +86,13 @@ def slow(model: Any, items: list[Replies]) -> torch.Tensor:
 
 
 def assert_near(found: torch.Tensor, expected: torch.Tensor) -> None:
-    """Norms in float32, as some models compute parts in it whatever their dtype."""
+    """Compare norms with float32's precision, which some models use whatever their dtype."""
     assert float((found - expected).norm()) < 1e-5 * float(expected.norm())
 
 
 @pytest.mark.parametrize("name", [*CONFIGS, *OTHERS])
 class TestEveryArchitecture:
-    """Some windows (5) are shorter than the rows."""
+    """Sliding windows of 5 tokens are shorter than the rows."""
 
     def model(self, name: str) -> Any:
         if name in CONFIGS:
@@ -91,12 +103,11 @@ class TestEveryArchitecture:
         model = self.model(name)
         scorer = ReplyScorer(model)
         with caplog.at_level(logging.INFO, logger="mrpo_lab.scoring.scorer"):
-            scorer.check_packing(ITEMS)
-        assert scorer.packs == (name not in ALONE)
+            sums, counts = scorer.logps(ITEMS)
+        assert scorer.packs == (name not in UNPACKABLE)
         said = [r.message for r in caplog.records if "so each is computed alone" in r.message]
-        assert len(said) == (name in ALONE)
+        assert len(said) == (name in UNPACKABLE)
         expected = slow(model, ITEMS)
-        sums, counts = scorer.logps(ITEMS)
         torch.testing.assert_close(sums, expected, rtol=0, atol=5e-5)
         assert counts.tolist() == [row.reply_tokens for item in ITEMS for row in item]
         assert_near(gradient(model, weighted(sums)), gradient(model, weighted(expected)))
@@ -120,17 +131,19 @@ def test_blocks_and_windows_change_nothing(
     assert_near(gradient(model, weighted(scorer.logps(ITEMS)[0])), wanted)
 
 
-@pytest.mark.parametrize("multiples", [Multiples(8, 64), Multiples(4, 32), Multiples(16, 16)])
+@pytest.mark.parametrize(
+    "multiples", [PadToMultipleOf(8, 64), PadToMultipleOf(4, 32), PadToMultipleOf(16, 16)]
+)
 @pytest.mark.parametrize("window", [None, 3])
-def test_tokens_that_fill_up_change_nothing(
-    multiples: Multiples, window: int | None, monkeypatch: pytest.MonkeyPatch
+def test_padding_changes_nothing(
+    multiples: PadToMultipleOf, window: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (_, again), *others = ITEMS
     items = [*others[:2], (again, again), others[2]]  # one ends with a reply computed before
     starts = {segment.prefix_start for segment in pack(items, CPU, multiples).layout.segments}
     assert {start % multiples.item for start in starts} == {0}
-    assert pack(items, CPU, multiples).layout.tokens % multiples.pack == 0
-    monkeypatch.setattr(scoring, "ONE", multiples)
+    assert pack(items, CPU, multiples).layout.tokens % multiples.row == 0
+    monkeypatch.setattr(scoring, "NO_PADDING", multiples)
     config = CONFIGS["mistral"]
     config.sliding_window = window
     model = build(AutoModelForCausalLM.from_config(config)).double()
@@ -148,6 +161,7 @@ def test_packs_in_16_bits_have_few_shapes(dtype: torch.dtype, multiple: int) -> 
         lambda module, inputs, output: lengths.append(inputs[0].shape[1])
     )
     scorer = ReplyScorer(model)
+    scorer.costs(ITEMS)  # the first use compares packed with padded rows
     lengths.clear()
     scorer.score(ITEMS, 10**6)
     tokens = sum(packed_tokens(item) for item in ITEMS)
@@ -165,9 +179,11 @@ def test_the_gradient_of_the_attention_itself(whole: int, monkeypatch: pytest.Mo
         for n in (4, 2, 2)
     ]
     inputs = [tensor.requires_grad_() for tensor in heads]
-    for how in (How(0.7, 2, None), How(0.7, 99, 1.5), How(0.7, 2, 0.5)):
+    for values in ((0.7, 2, None), (0.7, 99, 1.5), (0.7, 2, 0.5)):
+        options = AttentionOptions(*values)
         assert torch.autograd.gradcheck(
-            lambda q, k, v, how=how: attention.block_attention(q, k, v, layout, how), inputs
+            lambda q, k, v, options=options: attention.block_attention(q, k, v, layout, options),
+            inputs,
         )
 
 
@@ -222,15 +238,17 @@ def test_a_prompt_is_computed_once() -> None:
         lambda module, inputs, output: lengths.append(inputs[0].shape[1])
     )
     scorer = ReplyScorer(model)
+    items = items_of((50, 3, 4), (50, 5, 6))
+    scorer.costs(items)  # the first use compares packed with padded rows
     lengths.clear()
-    scorer.score(items_of((50, 3, 4), (50, 5, 6)), 10**6)
+    scorer.score(items, 10**6)
     assert lengths == [50 + 3 + 4 + 50 + 5 + 6]
 
 
 def test_attention_with_dropout_is_left_to_the_model(caplog: pytest.LogCaptureFixture) -> None:
     model = random_model("gpt2")
     scorer = ReplyScorer(model)
-    scorer.check_packing(ITEMS)
+    scorer.score(ITEMS, 10**6)
     assert scorer.packs
     model.train()
     with caplog.at_level(logging.INFO, logger="mrpo_lab.scoring.scorer"):
@@ -242,6 +260,64 @@ def test_attention_with_dropout_is_left_to_the_model(caplog: pytest.LogCaptureFi
     assert (noisy[0] - noisy[1]).abs().min() > 0
     model.eval()
     torch.testing.assert_close(scorer.logps(ITEMS)[0], slow(model, ITEMS), rtol=0, atol=2e-5)
+
+
+class TestFirstUse:
+    """The scorer checks by itself whether the model can be packed."""
+
+    def test_in_a_training_pass_it_changes_no_state(self) -> None:
+        model = random_model("llama").train()
+        scorer = ReplyScorer(model)
+        draws: list[Tensor] = []
+        model.model.layers[0].register_forward_hook(lambda *_: draws.append(torch.rand(1)))
+        before = torch.get_rng_state()
+        scorer.costs(ITEMS)
+        assert draws  # the model was run
+        assert torch.equal(torch.get_rng_state(), before)
+        assert all(layer.training for layer in model.modules())
+        assert scorer.logps(ITEMS)[0].requires_grad
+
+    def test_costs_are_those_of_the_rows_that_will_be_computed(self) -> None:
+        padded = [len(item) * max(len(row.ids) for row in item) for item in ITEMS]
+        assert ReplyScorer(random_model("bloom")).costs(ITEMS) == padded
+        packed = [packed_tokens(item) for item in ITEMS]
+        assert ReplyScorer(random_model("llama")).costs(ITEMS) == packed != padded
+
+    def test_no_items_decide_nothing(self) -> None:
+        scorer = ReplyScorer(random_model("bloom"))
+        assert scorer.score([], 100).sums.shape == (0, 0)
+        assert scorer.packs
+        scorer.costs(ITEMS)
+        assert not scorer.packs
+
+    @pytest.mark.parametrize(
+        ("config", "target"),
+        [(CONFIGS["bloom"], "query_key_value"), (OTHERS["qwen3_next"], "q_proj")],
+        ids=["bloom", "qwen3_next"],
+    )
+    def test_merged_policies_are_scored_right(
+        self, config: PreTrainedConfig, target: str, tmp_path: Path
+    ) -> None:
+        """Models that cannot be packed: one refuses, the other would give wrong numbers."""
+        build(AutoModelForCausalLM.from_config(config)).save_pretrained(tmp_path / "base")
+        source = PolicyConfig(path=str(tmp_path / "base"), dtype="float32")
+        adapters = {}
+        for seed, aspect in enumerate(("helpful", "harmless")):
+            lora = {"r": 2, "target_modules": [target], "init_lora_weights": False}
+            policy = replace(source, lora=lora).build(CPU, seed)
+            adapters[aspect] = tmp_path / aspect
+            policy.model.save_pretrained(adapters[aspect])  # type: ignore[operator]
+        experiment: Any = SimpleNamespace(model=source, workers=SimpleNamespace(device=CPU))
+        source.__dict__["tokenization"] = None  # there are no texts
+        policy = load_adapters(experiment, adapters)
+        model: Any = policy.model
+        model.add_weighted_adapter(list(adapters), [0.4, 0.6], "both", combination_type="linear")
+        model.set_adapter("both")
+        sums = policy.scorer.score(ITEMS, 10**6).sums
+        with torch.no_grad():
+            expected = slow(model, ITEMS)
+        found = torch.cat([row[: len(item)] for row, item in zip(sums, ITEMS, strict=True)])
+        torch.testing.assert_close(found, expected, rtol=0, atol=5e-5)
 
 
 def test_generation_and_padded_rows_use_the_models_own_attention() -> None:

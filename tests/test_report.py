@@ -15,19 +15,21 @@ import report_runs
 from harness import ROOT, TINY, train_py
 from report_runs import SLUGS, make_run, make_study
 
-from mrpo_lab.report import mechanism, provenance
+from mrpo_lab.report import measures, provenance
 from mrpo_lab.report.__main__ import main
 from mrpo_lab.report.comparisons import alpha_correlations, comparisons
 from mrpo_lab.report.findings import findings
-from mrpo_lab.report.reading import Record, find_runs, read_run
-from mrpo_lab.report.study import Study, study_of
+from mrpo_lab.report.methods import Method
+from mrpo_lab.report.reading import RunRecord, read_run
+from mrpo_lab.report.study import Study, build_study
 from mrpo_lab.report.tables import accuracy, all_tables, comparison
+from mrpo_lab.runs.reading import find_runs
 
 pytest_plugins = ("surroundings",)
 
 
 def study(*folders: Path) -> Study:
-    return study_of([read_run(folder) for folder in find_runs(folders)])
+    return build_study([read_run(folder) for folder in find_runs(folders)])
 
 
 def said(text: Any) -> str:
@@ -80,7 +82,7 @@ class TestReading:
         assert by_seed[1].problem == "step 3: the loss is not finite"
         assert by_seed[2].steps == 7
         later = read_run(running, now=time.time() + 7200)
-        assert (later.status, later.problem) == ("stopped", "at step 7, last line 2 hours ago")
+        assert (later.status, later.problem) == ("stopped", "at step 7, last line 2 h 0 min ago")
         table = study(tmp_path)
         assert [len(table.compared), len(table.unreadable)] == [1, 1]
         assert list(table.missing["why"].str.partition(":")[0]) == ["failed", "running"]
@@ -91,7 +93,7 @@ class TestReading:
         lines[3]["train/loss"] = lines[4]["train/grad_norm"] = None
         (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         result = json.loads((folder / "result.json").read_text())
-        table = mechanism.instability(study(tmp_path))
+        table = measures.instability(study(tmp_path))
         assert list(table["events"]) == ["loss or gradient not finite at 2 steps, first 3"]
         (folder / "result.json").write_text(json.dumps(result | {"test/accuracy": None}))
         assert list(study(tmp_path).runs["reason"]) == ["failed: its test accuracy is not a number"]
@@ -111,7 +113,7 @@ class TestReading:
         assert record.problem.startswith("its config.yaml is not one of this project")
 
 
-def comparisons_alphas(record: Record) -> dict[str, float]:
+def comparisons_alphas(record: RunRecord) -> dict[str, float]:
     from mrpo_lab.report.comparisons import alphas
 
     return alphas(record)
@@ -155,10 +157,10 @@ class TestStudy:
         assert len(table.compared) == 6
         other = table.runs[table.runs["role"] == "other setting"]
         assert sorted(set(other["reason"])) == ["loss.beta=1.0", "references=ref-a, ref-b"]
-        beta = mechanism.swept(table, "loss.beta")
+        beta = measures.swept(table, "loss.beta")
         assert sorted(set(beta["x"])) == [1.0, 5.0]
         assert set(beta["method"]) == {"mdpo · vaw"}
-        assert sorted(set(mechanism.swept(table, "references")["x"])) == [2.0, 7.0]
+        assert sorted(set(measures.swept(table, "references")["x"])) == [2.0, 7.0]
         assert "6 finished runs differ in loss.beta, references" in said(findings(table, {}))
 
     def test_missing_cells_are_named(self, rectangle: Path, tmp_path: Path) -> None:
@@ -199,7 +201,7 @@ class TestStudy:
             make_run(tmp_path, "town", "dpo", "single", seed, SLUGS[1], gain=0.0)
             result = json.loads((lucky / "result.json").read_text())
             (lucky / "result.json").write_text(json.dumps(result | {"val/accuracy": 0.1}))
-        assert study(tmp_path).best_single("town") == f"dpo: {SLUGS[1]}"
+        assert study(tmp_path).best_single("town") == Method.single(SLUGS[1])
         assert study(tmp_path).best_single("nowhere") is None
 
 
@@ -290,7 +292,7 @@ class TestTables:
         pairs = pd.read_parquet(folder / "test_pairs.parquet")
         pairs["margin/ref-a"] = pairs["tokens/ref-a"] / 10
         pairs.to_parquet(folder / "test_pairs.parquet")
-        row = mechanism.references(study(tmp_path)).set_index("reference").loc["ref-a"]
+        row = measures.references(study(tmp_path)).set_index("reference").loc["ref-a"]
         assert row["prefers_longer"] == 1.0
         assert row["length_correlation"] == pytest.approx(1.0)
         unequal = pairs["tokens/ref-a"] != 0

@@ -15,12 +15,12 @@ from report_runs import make_run
 
 from mrpo_lab.errors import UserError
 from mrpo_lab.report.__main__ import main
-from mrpo_lab.report.choices import choice_of
 from mrpo_lab.report.comparisons import alpha_correlations, comparisons
 from mrpo_lab.report.published import read_published
 from mrpo_lab.report.reading import read_run
-from mrpo_lab.report.study import Study, study_of
+from mrpo_lab.report.study import Study, build_study
 from mrpo_lab.report.wandb_runs import read_project, record_of
+from mrpo_lab.runs.run_choice import run_choice
 
 pytest_plugins = ("surroundings",)
 
@@ -41,7 +41,7 @@ vaw,saferlhf,mrpo,0,nan,0.3,0.5,0.2
 
 def published(file: Path) -> Study:
     rows = read_published(file)
-    return study_of([r for r, _ in rows], {r.source: c for r, c in rows})
+    return build_study([r for r, _ in rows], {r.source: c for r, c in rows})
 
 
 class TestPublished:
@@ -141,7 +141,7 @@ class TestWandb:
         ours, theirs = read_run(folder), record_of(OfflineRun.of(folder))
         assert theirs.name == ours.name
         assert theirs.status == "finished"
-        assert choice_of(theirs) == choice_of(ours)
+        assert run_choice(theirs.config, theirs.name) == run_choice(ours.config, ours.name)
         assert theirs.sessions == ours.sessions
         assert {key: theirs.result[key] for key in ours.result} == ours.result
         pd.testing.assert_frame_equal(theirs.metrics[list(ours.metrics)], ours.metrics)

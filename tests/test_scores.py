@@ -4,27 +4,28 @@ import pytest
 import torch
 from jaxtyping import TypeCheckError
 
-from mrpo_lab.objective.scores import Scores
+from mrpo_lab.objective.scores import Scores, chosen_first
 
 TWO_BY_TWO = Scores(
     sums=torch.tensor([[[-2.0, -3.0], [-8.0, -4.0]], [[-6.0, -6.0], [-1.0, -9.0]]]),
     counts=torch.tensor([[[1, 3], [4, 1]], [[2, 3], [1, 9]]]),
 )
 """Two pairs under two references, of different token counts."""
+CHOSEN = chosen_first(2)
 
 
 def test_margins_are_per_token_unless_asked_for_per_reply() -> None:
-    assert TWO_BY_TWO.margins().tolist() == [[-1.0, 2.0], [-1.0, 0.0]]
-    assert TWO_BY_TWO.margins(False).tolist() == [[1.0, -4.0], [0.0, 8.0]]
+    assert TWO_BY_TWO.margins(CHOSEN).tolist() == [[-1.0, 2.0], [-1.0, 0.0]]
+    assert TWO_BY_TWO.margins(CHOSEN, length_normalized=False).tolist() == [[1.0, -4.0], [0.0, 8.0]]
 
 
 def test_accuracy_is_per_token_of_each_model_and_a_tie_is_wrong() -> None:
-    assert TWO_BY_TWO.accuracy().tolist() == [0.0, 0.5]
+    assert TWO_BY_TWO.accuracy(CHOSEN).tolist() == [0.0, 0.5]
 
 
 def test_rows_are_taken_from_sums_and_counts_alike() -> None:
-    assert TWO_BY_TWO[1:].margins().tolist() == [[-1.0, 0.0]]
-    assert TWO_BY_TWO[torch.tensor([1, 0])].margins().tolist() == [[-1.0, 0.0], [-1.0, 2.0]]
+    assert TWO_BY_TWO[1:].margins(CHOSEN[1:]).tolist() == [[-1.0, 0.0]]
+    assert TWO_BY_TWO[torch.tensor([1, 0])].margins(CHOSEN).tolist() == [[-1.0, 0.0], [-1.0, 2.0]]
 
 
 def test_stack_puts_references_on_the_second_axis() -> None:

@@ -44,7 +44,8 @@ from mrpo_lab.data.chat import load_format
 from mrpo_lab.data.texts import Item, TokenRow
 from mrpo_lab.embedded.synthetic import synthetic_rows
 from mrpo_lab.scoring import head
-from mrpo_lab.scoring.scorer import ReplyScorer, Side, collate
+from mrpo_lab.scoring.padding import Side, collate
+from mrpo_lab.scoring.scorer import ReplyScorer
 
 SPECIAL: dict[str, Any] = {
     "vocab_size": VOCABULARY,
@@ -186,7 +187,7 @@ def test_collate_places_rows_on_either_side() -> None:
 
 class TestMemory:
     def watch(self, model: Any) -> list[torch.Size]:
-        """Shapes that leave the head, from now on."""
+        """A list that collects the shapes of the head's outputs."""
         shapes: list[torch.Size] = []
         model.get_output_embeddings().register_forward_hook(
             lambda module, inputs, output: shapes.append(output.shape)
@@ -227,7 +228,7 @@ class TestMemory:
 
 
 class Peculiar(LlamaForCausalLM):
-    """A head that no configuration key tells of."""
+    """A model whose configuration does not say what it does to its logits."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         output = super().forward(*args, **kwargs)

@@ -18,7 +18,7 @@ indices = st.integers(0, 2**31)
 def test_is_a_pure_function_of_root_stream_and_index(
     root: int, stream: str, index: list[int]
 ) -> None:
-    """Whatever else was drawn in between."""
+    """A stream does not depend on what was drawn in between."""
     first, rng = Seeds(root).value(stream, *index), Seeds(root).rng(stream, *index)
     numbers = rng.random(4).tolist()
     Seeds(root + 1).rng(stream, *index).random(4)
@@ -42,7 +42,7 @@ def test_index_order_matters() -> None:
 
 
 def test_streams_are_not_correlated() -> None:
-    """Neighbouring roots, names and indices: 1,000 numbers have correlations of about 0.03."""
+    """Neighboring roots, names and indices: 1,000 numbers have correlations of about 0.03."""
     seeds = Seeds(0)
     one = seeds.rng("order", 0).standard_normal(1000)
     for other in (Seeds(1).rng("order", 0), seeds.rng("order", 1), seeds.rng("orders", 0)):

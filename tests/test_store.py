@@ -1,4 +1,4 @@
-"""Tables of numbers per reply: what is found again, by whom, and what is refused."""
+"""Tables of numbers per reply: what is found again, by which process, and what is refused."""
 
 import json
 import logging
@@ -54,7 +54,7 @@ def named(*names: str) -> np.ndarray:
 
 
 def numbers(ids: np.ndarray, salt: float = 0.0) -> dict[str, np.ndarray]:
-    """Numbers that each id has of its own."""
+    """Numbers that are a function of the id."""
     values = np.array([int.from_bytes(i[:8], "big") % 9973 for i in ids.ravel()]).reshape(ids.shape)
     return {"sums": -values / 7 - salt, "counts": values}
 
@@ -241,7 +241,7 @@ class TestManyProcesses:
 
 
 class Given(Dataset):
-    """Rows that a test has at hand."""
+    """A data set of given rows."""
 
     given: Sequence[Row] = ()
 
@@ -261,7 +261,7 @@ def two(tiny7_dir: Path) -> ReferenceSet:
 
 
 def scores(refs: ReferenceSet, items: list[Item]) -> Scores:
-    return refs.scores(items, reply_ids(items), CPU)
+    return refs.scores(items, reply_ids(items), CPU).scores
 
 
 def no_model(*_: Any) -> None:
@@ -270,7 +270,7 @@ def no_model(*_: Any) -> None:
 
 @pytest.fixture
 def scored(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many replies met a model, one number for each call of the scorer."""
+    """Number of replies in each call of the scorer."""
     calls: list[int] = []
     real = ReplyScorer.score
 
@@ -370,6 +370,12 @@ class TestKey:
         monkeypatch.setattr(references, "FORMAT", references.FORMAT + 1)
         keys.append(self.key(folder))
         assert len(set(keys)) == len(keys) == 13
+
+    def test_names_kernels_only_where_they_are_off(self, folder: Path) -> None:
+        """So that scores from before the setting are found."""
+        assert self.key(folder, kernels="auto") == self.key(folder)
+        assert "kernels" not in json.loads((self.key(folder) / "key.json").read_text())
+        assert self.key(folder, kernels="off") != self.key(folder)
 
     def test_changes_with_nothing_else(self, folder: Path, tmp_path: Path) -> None:
         before = self.key(folder)

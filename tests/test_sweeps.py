@@ -154,8 +154,14 @@ def test_key_of_scores_depends_on_what_decides_them() -> None:
     assert keys("seed=s3", "loss=mrpo", "weighting=tsw") == plain  # the pool is the same
     assert keys("reference_set.gate=warn", "reference_set.token_budget=9") == plain
     assert keys("reference_set.use=[tiny-neox]") == {"tiny-neox": plain["tiny-neox"]}
-    for change in ("dataset.pairs=50", "reference_set.dtype=float64", "model.template=chatml"):
+    for change in (
+        "dataset.pairs=50",
+        "reference_set.dtype=float64",
+        "model.template=chatml",
+        "kernels=off",
+    ):
         assert not set(keys(change).values()) & set(plain.values()), change
+    assert keys("kernels=auto") == plain  # composed anew, after the other value of the key
 
 
 @pytest.mark.parametrize("file", [f for g in INDEPENDENT for f in (CONF / g).glob("*.yaml")])

@@ -8,11 +8,12 @@ import torch
 from oracles import Row
 from scipy.stats import beta as beta_distribution
 
-from mrpo_lab.objective.scores import Scores
+from mrpo_lab.objective.scores import Scores, chosen_first
 from mrpo_lab.objective.weighting import TSW, Context
 
 SLUGS = ["anchor", "b", "c"]
 BATCH = Scores(-torch.ones(1, 3, 2), torch.ones(1, 3, 2, dtype=torch.int64))
+CHOSEN = chosen_first(1)
 
 
 def start(prior: float = 5.0, seed: int = 0) -> tuple[TSW, Row]:
@@ -23,16 +24,16 @@ def start(prior: float = 5.0, seed: int = 0) -> tuple[TSW, Row]:
         return [readings.pop(0) if readings else 0.5 for _ in subsets]
 
     rng = np.random.default_rng(seed)
-    weighting.start(Context(SLUGS, BATCH, probe, rng))
+    weighting.start(Context(SLUGS, BATCH, CHOSEN, probe, rng))
     return weighting, readings
 
 
 def play(sampler: tuple[TSW, Row], after: Row) -> int:
     """A step from accuracy 0.5 to what `after` says of the drawn arm, which is returned."""
     weighting, readings = sampler
-    arm = int(weighting.proportions(BATCH).argmax())
+    arm = int(weighting.proportions(BATCH, CHOSEN).argmax())
     readings.append(after[arm])
-    weighting.after_step(BATCH)
+    weighting.after_step(BATCH, CHOSEN)
     return arm
 
 
@@ -65,10 +66,10 @@ def test_draws_a_probe_of_its_size_for_every_step() -> None:
         log.append([tuple(subset.tolist()) for subset in subsets])
         return [0.5] * len(subsets)
 
-    weighting.start(Context(SLUGS, val, probe, rng))
+    weighting.start(Context(SLUGS, val, chosen_first(9), probe, rng))
     for _ in range(3):
-        weighting.proportions(BATCH)
-        weighting.after_step(BATCH)
+        weighting.proportions(BATCH, CHOSEN)
+        weighting.after_step(BATCH, CHOSEN)
     (first,), (again, second), (once_more, third), _ = log
     assert (again, once_more) == (first, second)
     assert len({first, second, third}) == 3
@@ -85,7 +86,7 @@ def test_draws_arms_as_often_as_their_beta_is_the_largest() -> None:
     weighting.load_state_dict(
         weighting.state_dict() | {"successes": successes, "failures": failures}
     )
-    arms = [int(weighting.proportions(BATCH).argmax()) for _ in range(4000)]
+    arms = [int(weighting.proportions(BATCH, CHOSEN).argmax()) for _ in range(4000)]
     grid = (np.arange(2000) + 0.5) / 2000
     betas = [beta_distribution(a, b) for a, b in zip(successes, failures, strict=True)]
     for k, arm in enumerate(betas):

@@ -21,7 +21,8 @@ from mrpo_lab.data.texts import Item, TokenRow
 from mrpo_lab.errors import UserError
 from mrpo_lab.experiment import Experiment, run_experiment
 from mrpo_lab.models.policy import Policy, PolicyConfig
-from mrpo_lab.training.evaluation import Data
+from mrpo_lab.objective.scores import Scores
+from mrpo_lab.training.inputs import Data
 from mrpo_lab.training.state_file import load_state
 
 pytest_plugins = ("surroundings",)
@@ -72,11 +73,11 @@ def spoilt(change: Callable[[Data, int], None]) -> Iterator[list[str]]:
     real = Experiment.data
     names = []
 
-    def data(self: Experiment, prepared: Any) -> Data:
-        found = real(self, prepared)
+    def data(self: Experiment, prepared: Any, refs: Scores) -> Data:
+        found = real(self, prepared, refs)
         order = self.seeds.rng("order", 0).permutation(len(found.train))
         pair = int(found.train[order[(STEP - 1) * self.config.batch_size + ROW]])
-        names.append(found.names(pair))
+        names.append(found.name(pair))
         change(found, pair)
         return found
 

@@ -24,7 +24,7 @@ from omegaconf import OmegaConf
 from oracles import Matrix, Row
 from torch import Tensor
 
-from mrpo_lab.objective.scores import Scores
+from mrpo_lab.objective.scores import Scores, chosen_first
 from mrpo_lab.objective.weighting import (
     ARWC,
     RMC,
@@ -83,13 +83,14 @@ class World:
         weighting.check(self.slugs, len(self.val))
         # Another generator after a restart: only the state can bring the first one back.
         rng = np.random.default_rng(self.seed + first)
-        weighting.start(Context(self.slugs, self.val, probe, rng))
+        weighting.start(Context(self.slugs, self.val, chosen_first(len(self.val)), probe, rng))
         if state is not None:
             weighting.load_state_dict(state)
         steps = []
         for batch in self.batches[first:]:
-            alpha, undecided = to_simplex(weighting.proportions(batch), len(batch))
-            weighting.after_step(batch)
+            target = chosen_first(len(batch))
+            alpha, undecided = to_simplex(weighting.proportions(batch, target), len(batch))
+            weighting.after_step(batch, target)
             steps.append(Step(alpha, undecided, weighting.state_dict()))
         return steps
 
@@ -278,7 +279,7 @@ class TestTies:
         val = [[1.0, 1.0], [1.0, -1.0], [0.0, 0.0]]
         assert alpha_of(VAW(), val)[0].alpha[0].tolist() == pytest.approx([2 / 3, 1 / 3])
         assert alpha_of(RMC(), val)[0].alpha[0].tolist() == [1.0, 0.0]
-        assert scores_of(val).accuracy().tolist() == pytest.approx([2 / 3, 1 / 3])
+        assert scores_of(val).accuracy(chosen_first(3)).tolist() == pytest.approx([2 / 3, 1 / 3])
 
     @pytest.mark.parametrize("seed", range(8))
     def test_grid_on_equal_references_is_lexicographic(self, seed: int) -> None:
@@ -370,7 +371,7 @@ def test_vsw_with_another_ridge_is_at_its_optimum() -> None:
     val, ridge = [[1.0, 0.5, -1.0], [3.0, -0.25, 0.0], [-0.5, 1.0, 0.25]], 0.1
     weighting = VSW(ridge)
     alpha_of(weighting, val)
-    w = weighting.proportions(scores_of(val))[0].tolist()
+    w = weighting.proportions(scores_of(val), chosen_first(len(val)))[0].tolist()
     slopes = [
         g + 2 * (ridge - 1e-4) * x for g, x in zip(oracles.vsw_gradient(w, val), w, strict=True)
     ]
@@ -384,6 +385,4 @@ def test_every_shipped_weighting_has_a_row() -> None:
     shipped: list[Any] = [OmegaConf.load(file) for file in sorted(files)]
     world = World(scores_of([[0.0]]), [], [])
     rows = {type(entry.build(world)).__name__ for entry in WEIGHTINGS.values()}
-    assert {node["_target_"] for node in shipped} == {
-        f"mrpo_lab.objective.weighting.{row}" for row in rows
-    }
+    assert {node["_target_"] for node in shipped} == {f"mrpo_lab.{row}" for row in rows}

@@ -1,4 +1,4 @@
-"""The slow way to score a reply: one row alone, its whole logits, float64, token by token."""
+"""An independent way to score a reply: one row alone, whole logits, in float64, token by token."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -14,7 +14,7 @@ EOS = 2  # and padding
 
 
 def random_rows(lengths: Sequence[tuple[int, int]] = ((17, 6), (4, 1), (23, 9))) -> list[TokenRow]:
-    """Rows of (length, start); token ids of the padding stand in prompts and replies, and end."""
+    """Rows of (length, start). The padding token is in prompts, in replies, and at the end."""
     rng = np.random.default_rng(len(lengths))
     rows = []
     for length, start in lengths:
@@ -25,20 +25,20 @@ def random_rows(lengths: Sequence[tuple[int, int]] = ((17, 6), (4, 1), (23, 9)))
 
 
 def whole_logits(model: Any, row: TokenRow) -> Tensor:
-    """(T, V) of one row alone, neither padded nor masked."""
+    """Logits (T, V) of one row alone, neither padded nor masked."""
     logits: Tensor = model(input_ids=torch.tensor(row.ids[None].astype(np.int64))).logits[0]
     return logits.double()
 
 
 def slow_score(model: Any, row: TokenRow) -> Tensor:
-    """The oracle, differentiable."""
+    """Log-probability of the row's reply in nats, differentiable."""
     logps = torch.log_softmax(whole_logits(model, row), dim=-1)
     terms = [logps[t - 1, int(row.ids[t])] for t in range(row.start, len(row.ids))]
     return torch.stack(terms).sum()
 
 
 def gradient(model: Any, score: Tensor) -> Tensor:
-    """Of all parameters, one after the other."""
+    """Gradient of ``score`` with respect to all parameters, as one vector."""
     model.zero_grad()
     score.backward()
     found = [p.new_zeros(p.shape) if p.grad is None else p.grad for p in model.parameters()]
@@ -52,5 +52,5 @@ def assert_same_gradient(found: Tensor, expected: Tensor) -> None:
 
 
 def weighted(sums: Tensor) -> Tensor:
-    """A scalar that tells the rows apart."""
+    """A scalar that depends on every row in a different way."""
     return (sums * torch.arange(1, len(sums) + 1)).sum()

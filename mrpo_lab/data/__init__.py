@@ -1,1 +1,1 @@
-"""From rows of a file or of the hub to token rows; imports no model."""
+"""Preference data: from the rows of a file or of the hub to token rows. Knows no model."""

@@ -1,4 +1,4 @@
-"""Messages to tokens: each model with its own tokenizer and chat template."""
+"""Rendering and tokenizing messages, each model with its own tokenizer and chat template."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from mrpo_lab.data.texts import Item, Message, TokenRow
 from mrpo_lab.errors import UserError, first_line
 
-# Some templates print today's date. Scores must not depend on the day they are computed.
 FROZEN_DATE = "26 Jul 2024"
-# A template calls transformers' function of this name unless it has a macro of it.
+"""Date shown by templates that print today's date: scores must not depend on the current day."""
 FREEZE = "{% macro strftime_now(format) %}" + FROZEN_DATE + "{% endmacro %}\n"
+"""Macro put before a template, in place of transformers' function of the same name."""
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -35,13 +35,17 @@ TOKENIZER_FILES = (
 
 @dataclass(frozen=True)
 class ChatFormat:
-    """A tokenizer and a template."""
+    """A tokenizer and a chat template."""
 
     tokenizer: PreTrainedTokenizerBase
     template: str
 
     def rows(self, items: Sequence[Item]) -> list[tuple[TokenRow, ...] | None]:
-        """The R token rows of each item; None where the template refuses the prompt."""
+        """The token rows of each item, one per reply; None where the template refuses the prompt.
+
+        Raises:
+            UserError: the template has a syntax error.
+        """
         rendered = [self._render(item) for item in items]
         texts = [text for item in rendered for text in item.texts]
         encoded = iter(
@@ -53,6 +57,7 @@ class ChatFormat:
         ]
 
     def _render(self, item: Item) -> _Rendered:
+        """Render an item; if the template refuses it, try again without the system role."""
         try:
             return _Rendered(self._apply(item.prompt, item.replies), folded=False)
         except TemplateSyntaxError as error:
@@ -66,7 +71,7 @@ class ChatFormat:
             return _Rendered([], folded=False)
 
     def _apply(self, prompt: Sequence[Message], replies: Iterable[str]) -> list[str]:
-        """Texts of the prompt alone and of the prompt with each reply."""
+        """Render the prompt alone and the prompt with each reply."""
 
         def render(messages: Sequence[Message], generate: bool) -> str:
             text = self.tokenizer.apply_chat_template(
@@ -83,18 +88,24 @@ class ChatFormat:
         return [render(prompt, True), *(render([*prompt, answer], False) for answer in answers)]
 
     def prompt_text(self, prompt: Sequence[Message]) -> str:
-        """The rendered prompt that a generated reply would follow."""
+        """The prompt as rendered for generation."""
         return self._render(Item(tuple(prompt), ())).texts[0]
 
 
 class _Rendered(NamedTuple):
+    """An item as texts."""
+
     texts: list[str]
-    """Of the prompt alone and of the prompt with each reply; empty if the template refused."""
+    """The prompt alone, then the prompt with each reply; empty if the template refused."""
     folded: bool
+    """See ``TokenRow.system_folded``."""
 
 
 def _split(encoded: list[list[int]], folded: bool) -> tuple[TokenRow, ...]:
-    """Token rows of the replies, given the tokens of the prompt and of prompt + each reply."""
+    """The token rows of the replies.
+
+    ``encoded`` has the tokens of the prompt, then those of the prompt with each reply.
+    """
     prompt, *replies = encoded
     starts = [common_prefix(prompt, ids) for ids in replies]
     return tuple(
@@ -104,7 +115,7 @@ def _split(encoded: list[list[int]], folded: bool) -> tuple[TokenRow, ...]:
 
 
 def common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
-    """Length of the longest common prefix."""
+    """Length of the longest common prefix of two token sequences."""
     if list(right[: len(left)]) == list(left):
         return len(left)
     return next(
@@ -113,7 +124,7 @@ def common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
 
 
 def fold_system(prompt: Sequence[Message]) -> tuple[Message, ...]:
-    """The same prompt with its system message put before the first user message."""
+    """The prompt with its system message merged into the first user message."""
     if len(prompt) < 2 or prompt[0]["role"] != "system" or prompt[1]["role"] != "user":
         return tuple(prompt)
     content = f"{prompt[0]['content']}\n\n{prompt[1]['content']}"
@@ -123,30 +134,38 @@ def fold_system(prompt: Sequence[Message]) -> tuple[Message, ...]:
 def load_format(
     name: str, folder: Path, template: str | None = None, trust_remote_code: bool = False
 ) -> ChatFormat:
-    """The tokenizer in ``folder``, with ``template`` in place of its own if one is given.
+    """Load the tokenizer in ``folder``, with ``template`` in place of its own if one is given.
+
+    Args:
+        name: what error messages call the model.
+        template: see ``template_source``.
 
     Raises:
-        UserError: no template at all, or the tokenizer cannot be loaded.
+        UserError: there is no chat template, or the tokenizer cannot be loaded.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise UserError(f"{name}: no usable tokenizer in {folder}: {first_line(error)}") from error
     source = template_source(name, template) if template else tokenizer.chat_template
-    if isinstance(source, dict):  # several, by name
+    if isinstance(source, dict):  # several templates by name
         source = source.get("default")
     if not isinstance(source, str):
         raise UserError(
             f"{name}: {folder} has no chat template: give one, template=plain, template=chatml "
             "or template=FILE.jinja"
         )
-    # Prompts longer than the context are filtered by us, with a count; no warning per row.
+    # ``Dataset`` filters long prompts and counts them; the tokenizer shall not warn about each.
     tokenizer.model_max_length = int(1e30)
     return ChatFormat(tokenizer, source)
 
 
 def template_source(name: str, template: str) -> str:
-    """Text of a template that ships with the project, or of a local file."""
+    """The text of a template: ``plain`` or ``chatml``, which ship with the project, or a file.
+
+    Raises:
+        UserError: it is neither.
+    """
     shipped = resources.files("mrpo_lab") / "templates" / f"{template}.jinja"
     if shipped.is_file():
         return shipped.read_text()
@@ -156,7 +175,7 @@ def template_source(name: str, template: str) -> str:
 
 
 def format_fingerprint(folder: Path, name: str, template: str | None) -> str:
-    """sha256 of all that decides the tokens of a text: tokenizer files and template."""
+    """The sha256 of what determines the tokens of a text: tokenizer files and chat template."""
     digest = hashlib.sha256(FROZEN_DATE.encode())
     for file in TOKENIZER_FILES:
         if (folder / file).is_file():

@@ -1,4 +1,4 @@
-"""Eligible pairs or lists, a fixed pool of them, and one split of the pool per seed."""
+"""Filter preference data, draw a fixed pool, and split the pool once per seed."""
 
 from __future__ import annotations
 
@@ -23,21 +23,24 @@ SPLITS = ("train", "val", "test")
 
 @dataclass(frozen=True)
 class Prepared:
-    """The pool, what is known of the replies, the splits (indices into the pool) and what was
-    counted."""
+    """A data set after filtering, drawing the pool, and splitting it."""
 
     items: Items
+    """The pool of N items."""
     labels: Labels
+    """What is known of their replies."""
     splits: Mapping[str, np.ndarray]
+    """Indices into the pool for each of ``SPLITS``."""
     counts: dict[str, int]
+    """How many rows were read, were unusual, and were dropped by each filter."""
 
     @property
     def ids(self) -> np.ndarray:
-        """(N, R), of the replies; see ``reply_ids``."""
+        """The ids of the replies, (N, R); see ``reply_ids``."""
         return self.items.ids
 
     def fingerprint(self) -> str:
-        """Of the texts, labels and splits: a run continues only on the same data."""
+        """A hash of texts, labels and splits: a run is only resumed on the data it began with."""
         digest = hashlib.sha256(np.ascontiguousarray(self.ids).tobytes())
         digest.update(self.labels.targets.contiguous().numpy().tobytes())
         for name in SPLITS:
@@ -48,23 +51,24 @@ class Prepared:
 
 @dataclass(kw_only=True)
 class Dataset(ABC):
-    """What makes a pair eligible and how the pool is split. A subclass says where rows are."""
+    """Preference pairs: which are eligible, and how they are split. Subclasses yield the rows."""
 
     train: int | float | None
-    """Pairs, or a share of the pool below 1, or null for what val and test leave."""
+    """Number of pairs, or a share of the pool if below 1; null takes what val and test leave."""
     val: int | float
     test: int | float
     pool: int | None = None
-    """Pairs drawn from all that are eligible, the same for every seed; null takes all."""
+    """Number of eligible pairs to draw, the same for every seed of the runs; null takes all."""
     pool_seed: int = 858
     max_tokens: int = 1024
-    """Longest prompt and reply together, under the worst of the tokenizers in play."""
+    """Largest number of tokens in prompt + reply, under every tokenizer in use."""
     min_percentile: float = 0.0
-    """Drop prompts, then replies, no longer than this percentile of their lengths."""
+    """Drop pairs whose prompt is no longer than this percentile of the prompts' lengths, then pairs
+    with such a reply."""
     drop_identical: bool = True
-    """Drop pairs whose replies are the same text: no reference can tell them apart."""
+    """Drop pairs whose replies are the same text, which no reference can tell apart."""
     drop_duplicates: bool = True
-    """Keep one of several equal pairs, lest one be trained on and another tested on."""
+    """Keep one of several equal pairs, so that none is in both the train and the test split."""
 
     def __post_init__(self) -> None:
         sizes = {"train": self.train, "val": self.val, "test": self.test}
@@ -80,37 +84,42 @@ class Dataset(ABC):
 
     @abstractmethod
     def rows(self) -> Iterator[tuple[str, Row]]:
-        """(where a row stands, the row)."""
+        """Yield (where, row); ``where`` names the row's file and line in error messages."""
 
     def read(self) -> Items:
-        """Every row as a prompt with its replies.
+        """Read and parse every row.
 
         Raises:
-            UserError: nothing to read, or a malformed row.
+            UserError: there is no row, or one is malformed.
         """
-        items = Items.of(self.parse(row, where) for where, row in self.rows())
+        items = Items.from_iterable(self.parse(row, where) for where, row in self.rows())
         if not items:
             raise UserError("dataset: no rows")
         return items
 
     def parse(self, row: Row, where: str) -> Item:
-        """One row; ``where`` it stands is for messages."""
+        """Parse one row; ``where`` names it in error messages."""
         return parse_item(row, where)
 
-    def labels(self, items: Sequence[Item]) -> Labels:
-        """What is known of the replies to these items."""
+    def labels(self, items: Items) -> Labels:
+        """The labels of preprocessed items."""
         return Labels.of_pairs(len(items))
 
     def prepare(
         self, items: Sequence[Item], tokenizers: Sequence[Tokenization], rng: np.random.Generator
     ) -> Prepared:
-        """Count oddities, filter, draw the pool, and split it with ``rng``.
+        """Filter the items, draw the pool, and split the pool with ``rng``.
+
+        Args:
+            items: what ``read`` returned.
+            tokenizers: those of the policy and of all references; a pair must fit every one.
 
         Raises:
-            UserError: no pairs left, or too few for the splits.
+            UserError: no pair is left, or too few for the pool or the splits.
         """
         counts: Counter[str] = Counter(rows=len(items))
-        distinct = self._distinct(Items.of(self.usable(items, counts)), counts)
+        preprocessed = Items.from_iterable(self.preprocess(items, counts))
+        distinct = self._distinct(preprocessed, counts)
         keep = self._eligible(distinct, tokenizers, counts)
         counts["eligible"] = len(keep)
         if not len(keep):
@@ -121,7 +130,7 @@ class Dataset(ABC):
                     f"dataset.pool is {self.pool}, but only {len(keep)} pairs are eligible "
                     f"({describe(counts)}): lower pool, train, val and test"
                 )
-            # The published pool is drawn with numpy's legacy generator; so is ours.
+            # With numpy's legacy generator, as in the paper's code, to draw the same pool.
             draw = np.random.RandomState(self.pool_seed).choice(len(keep), self.pool, replace=False)
             keep = keep[draw]
         pool = distinct[keep]
@@ -129,12 +138,12 @@ class Dataset(ABC):
         counts["test_prompts_in_train"] = _shared_prompts(pool, splits)
         return Prepared(pool, self.labels(pool), splits, dict(counts))
 
-    def usable(self, items: Sequence[Item], counts: Counter[str]) -> Iterable[Item]:
-        """What is left of the items before the filters that all data sets share."""
+    def preprocess(self, items: Sequence[Item], counts: Counter[str]) -> Iterable[Item]:
+        """Change or drop items ahead of the filters that all data sets share; add to ``counts``."""
         return items
 
     def _distinct(self, items: Items, counts: Counter[str]) -> Items:
-        """Count oddities of the texts; drop identical and duplicate pairs where asked."""
+        """Count unusual replies; drop identical and duplicate pairs where asked."""
         duplicate = _seen_before(items.ids)
         counts["empty_replies"] = int(items.empty.sum())
         counts["identical_replies"] = int(items.identical.sum())
@@ -147,7 +156,7 @@ class Dataset(ABC):
     def _eligible(
         self, items: Items, tokenizers: Sequence[Tokenization], counts: Counter[str]
     ) -> np.ndarray:
-        """Indices that pass the protocol's filters, in its order (2512.10040, appendix)."""
+        """Indices of the items that pass the filters of 2512.10040 (appendix), in its order."""
         measured = [tokenizer.lengths(items, items.ids) for tokenizer in tokenizers]
         prompts = np.stack([m.prompt.max(-1) for m in measured]).max(0)  # (N,)
         totals = np.stack([m.prompt + m.reply for m in measured]).max(0)  # (N, R)
@@ -167,10 +176,10 @@ class Dataset(ABC):
         if self.min_percentile and len(keep):
             drop("short_prompt", prompts[keep] > np.percentile(prompts[keep], self.min_percentile))
         if self.min_percentile and len(keep):
-            floor = self.floor(longest[keep], present[keep])
-            drop("short_reply", ((longest[keep] > floor) | ~present[keep]).all(-1))
+            bound = self.reply_length_bound(longest[keep], present[keep])
+            drop("short_reply", ((longest[keep] > bound) | ~present[keep]).all(-1))
         cut = keep[((totals > self.max_tokens) | ~present)[keep].all(-1)]
-        counts["identical_after_truncation"] = _same_when_cut(
+        counts["identical_after_truncation"] = _identical_after_truncation(
             items[cut],
             tokenizers,
             [Lengths(*(column[cut] for column in m)) for m in measured],
@@ -179,12 +188,19 @@ class Dataset(ABC):
         drop("too_long", (totals[keep] <= self.max_tokens).all(-1))
         return keep
 
-    def floor(self, lengths: np.ndarray, present: np.ndarray) -> np.ndarray:
-        """Of the (N, R) lengths of replies that are present, what all must be longer than: here of
-        the chosen ones and of the rejected ones."""
+    def reply_length_bound(self, lengths: np.ndarray, present: np.ndarray) -> np.ndarray:
+        """The number of tokens that every reply must exceed, broadcastable to (N, R).
+
+        Chosen and rejected replies have a percentile each.
+
+        Args:
+            lengths: (N, R) token counts.
+            present: (N, R) whether there is such a reply.
+        """
         return np.asarray(np.percentile(lengths, self.min_percentile, axis=0))
 
     def _split(self, size: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        """Split the indices 0 to ``size`` - 1 at random."""
         val, test = (round(n * size) if n < 1 else int(n) for n in (self.val, self.test))
         rest = size - val - test
         share = self.train is not None and self.train < 1
@@ -196,7 +212,7 @@ class Dataset(ABC):
                 f"dataset: {size} eligible pairs are too few for train={self.train}, "
                 f"val={self.val}, test={self.test}: lower these sizes"
             )
-        # From both ends, so that fewer training pairs leave val and test as they are.
+        # Train from the front, test from the back: a smaller train leaves val and test unchanged.
         order = rng.permutation(size)
         return {
             "train": order[:train],
@@ -207,7 +223,7 @@ class Dataset(ABC):
 
 @dataclass(kw_only=True)
 class FileDataset(Dataset):
-    """Rows of a hub data set by name, of a local copy of one, or of any local file."""
+    """Pairs from a hub data set, a local copy of one, or a local file; see ``read_rows``."""
 
     path: str
     split: str = "train"
@@ -217,12 +233,12 @@ class FileDataset(Dataset):
 
 
 def describe(counts: Mapping[str, int]) -> str:
-    """``rows 3048, empty replies 5, ...``, zeros left out."""
+    """Counts as text, ``rows 3,048, empty replies 5, ...``, without the zeros."""
     return ", ".join(f"{name.replace('_', ' ')} {n:,}" for name, n in counts.items() if n)
 
 
 def _seen_before(ids: np.ndarray) -> np.ndarray:
-    """Which rows are equal to one above."""
+    """Whether each row equals an earlier one, (N,)."""
     rows = np.ascontiguousarray(ids).view(f"S{ids.itemsize * ids.shape[1]}").reshape(-1)
     seen = np.ones(len(rows), dtype=bool)
     seen[np.unique(rows, return_index=True)[1]] = False
@@ -230,22 +246,24 @@ def _seen_before(ids: np.ndarray) -> np.ndarray:
 
 
 def _shared_prompts(items: Items, splits: Mapping[str, np.ndarray]) -> int:
-    """Test pairs whose prompt is also trained on: their accuracy is not that of new prompts."""
+    """Number of test pairs whose prompt is also in the train split, and so is not new."""
     trained, tested = (items.prompts[splits[name]] for name in ("train", "test"))
     return int(np.isin(tested, trained).sum())
 
 
-def _same_when_cut(
+def _identical_after_truncation(
     items: Items,
     tokenizers: Sequence[Tokenization],
     measured: Sequence[Lengths],
     max_tokens: int,
 ) -> int:
-    """Pairs that truncation would have made identical under some tokenizer."""
-    # Where the prompt alone is too long, nothing of the replies would have been left.
+    """Number of pairs whose replies truncation would have made identical under some tokenizer."""
+    # Where the prompt alone is too long, truncation leaves nothing of the replies.
     same = np.any([(m.prompt >= max_tokens).all(-1) for m in measured], axis=0)
     for tokenizer, m in zip(tokenizers, measured, strict=True):
         both_cut = (m.prompt + m.reply >= max_tokens).all(-1)
         unsure = np.flatnonzero(both_cut & ~same)
-        same[unsure] = tokenizer.same_when_cut(items[unsure], items.ids[unsure], max_tokens)
+        same[unsure] = tokenizer.identical_after_truncation(
+            items[unsure], items.ids[unsure], max_tokens
+        )
     return int(same.sum())

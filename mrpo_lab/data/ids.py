@@ -1,4 +1,4 @@
-"""Content hashes of prompts and replies, under which tables store their numbers."""
+"""Content hashes of prompts and replies: the keys under which tables store their numbers."""
 
 from __future__ import annotations
 
@@ -14,13 +14,15 @@ from mrpo_lab.storage.tables import ID, NONE
 
 
 def reply_ids(items: Iterable[Item]) -> np.ndarray:
-    """(N, R) ids, each the 16-byte hash of a prompt and one reply to it; ``NONE`` where an item
-    has fewer than R replies."""
+    """The ids of all replies, (N, R): 16-byte hashes, each of a prompt and one reply to it.
+
+    R is the largest number of replies; ``NONE`` stands where an item has fewer.
+    """
     return text_ids(items)[1]
 
 
 def text_ids(items: Iterable[Item]) -> tuple[np.ndarray, np.ndarray]:
-    """(N,) hashes of the prompts alone, and ``reply_ids``."""
+    """16-byte hashes of the prompts alone, (N,), and ``reply_ids``, (N, R)."""
     prompts, digests, replies = bytearray(), bytearray(), array("q")
     for item in items:
         turns = json.dumps([[m["role"], m["content"]] for m in item.prompt])

@@ -1,4 +1,4 @@
-"""Lists of rated replies: the forms of rows that are understood, and what is made of them."""
+"""Lists of rated replies: parsing their rows, preprocessing, labels, and conversion to pairs."""
 
 from __future__ import annotations
 
@@ -21,24 +21,25 @@ from mrpo_lab.data.tokenization import Tokenization
 from mrpo_lab.errors import UserError
 from mrpo_lab.objective.labels import Labels
 
-Ratings = dict[str, tuple[float, ...]]
-
 
 @dataclass(kw_only=True)
 class ListDataset(FileDataset):
-    """Prompts with any number of replies, each rated by several aspects. Sizes count prompts."""
+    """Prompts with any number of replies, each rated by several aspects.
+
+    The sizes ``train``, ``val``, ``test`` and ``pool`` count prompts.
+    """
 
     aspects: list[str] | None = None
-    """Which of the rated aspects to learn from, in this order; null takes all there are."""
+    """The aspects to learn from, in this order; null takes all that the data are rated by."""
     temperature: float = 1.0
-    """T of the target softmax(rating / T) of each aspect."""
+    """T of each aspect's target, softmax(rating / T)."""
     max_replies: int | None = None
-    """Of a longer list so many replies are drawn with ``pool_seed``, the same for every seed."""
+    """Number of replies to draw from a longer list, the same ones for every seed of the runs."""
     pairs: str | None = None
-    """Read each list as pairs of replies, after the split: best_worst, one pair, or separable, all
-    whose targets differ; null keeps lists."""
+    """Convert each list to pairs of replies after the split: ``best_worst`` makes one pair,
+    ``separable`` all pairs whose targets differ; null keeps lists."""
     by: dict[str, float] | None = None
-    """Weight of each aspect in what makes a reply of such a pair the better one; null is equal."""
+    """Weights of the aspects when deciding which reply of such a pair is better; null is equal."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -56,47 +57,62 @@ class ListDataset(FileDataset):
 
     def read(self) -> Items:
         items = super().read()
-        found = list(dict.fromkeys(aspect for item in items for aspect in item.ratings))
-        self._aspects = self.aspects if self.aspects is not None else found
-        unknown = [aspect for aspect in (*self._aspects, *(self.by or {})) if aspect not in found]
-        if unknown:
-            raise UserError(f"dataset: no reply is rated by {unknown[0]!r}, but by {found}")
+        self._aspects_of(items)  # an aspect that is not there is an error before anything is scored
         return items
 
-    def usable(self, items: Sequence[Item], counts: Counter[str]) -> Iterator[Item]:
-        """Without replies that are there twice, drawn down to ``max_replies``, and without the
-        prompts that no aspect is complete for."""
+    def _aspects_of(self, items: Items) -> tuple[str, ...]:
+        """The aspects to learn from.
+
+        Raises:
+            UserError: ``aspects`` or ``by`` names one that rates no reply.
+        """
+        chosen = items.aspects if self.aspects is None else tuple(self.aspects)
+        unknown = [aspect for aspect in (*chosen, *(self.by or {})) if aspect not in items.aspects]
+        if unknown:
+            raise UserError(
+                f"dataset: no reply is rated by {unknown[0]!r}, but by {list(items.aspects)}"
+            )
+        return chosen
+
+    def preprocess(self, items: Sequence[Item], counts: Counter[str]) -> Iterator[Item]:
+        """Drop repeated replies, draw ``max_replies``, and keep the ratings of the chosen aspects.
+
+        Prompts with one reply, or without an aspect that rates all replies, are dropped. The items
+        that are left are rated by the same aspects in the same order, all NaN if one is missing.
+        """
+        items = Items.from_iterable(items)
+        aspects = self._aspects_of(items)
         for item in items:
-            different = self._distinct_replies(item)
-            counts["repeated_replies"] += len(item.replies) - len(different)
-            if self.max_replies is not None and len(different) > self.max_replies:
-                different = self._drawn(item, different)
+            kept = self._distinct_replies(item)
+            counts["repeated_replies"] += len(item.replies) - len(kept)
+            if self.max_replies is not None and len(kept) > self.max_replies:
+                kept = self._draw_replies(item, kept)
                 counts["lists_drawn_from"] += 1
-            if len(different) < 2:
+            if len(kept) < 2:
                 counts["dropped_single_reply"] += 1
                 continue
-            short = _of(item, different)
-            lacking = [
-                aspect
-                for aspect in self._aspects
-                if any(map(math.isnan, short.ratings.get(aspect, (math.nan,))))
-            ]
-            for aspect in lacking:
+            ratings = {aspect: _complete_ratings(item, aspect, kept) for aspect in aspects}
+            incomplete = [aspect for aspect, found in ratings.items() if math.isnan(found[0])]
+            for aspect in incomplete:
                 counts[f"lists_without_{aspect}"] += 1
-            if len(lacking) == len(self._aspects):
+            if len(incomplete) == len(aspects):
                 counts["dropped_unrated"] += 1
                 continue
-            yield short
+            yield replace(item, replies=tuple(item.replies[i] for i in kept), ratings=ratings)
 
     def _distinct_replies(self, item: Item) -> list[int]:
+        """Indices of the replies, each text's first; all indices unless ``drop_identical``."""
         if not self.drop_identical:
             return list(range(len(item.replies)))
         first = {reply: i for i, reply in reversed(list(enumerate(item.replies)))}
         return sorted(first.values())
 
-    def _drawn(self, item: Item, replies: list[int]) -> list[int]:
-        """A function of the prompt and its replies alone: neither their order nor the file's
-        counts."""
+    def _draw_replies(self, item: Item, replies: list[int]) -> list[int]:
+        """Draw ``max_replies`` of the replies' indices.
+
+        The draw depends on ``pool_seed`` and the set of texts alone, not on their order in the row
+        or the row's place in the file.
+        """
         assert self.max_replies is not None
         ids = reply_ids([item])[0]
         by_id = sorted(replies, key=lambda reply: ids[reply])
@@ -104,18 +120,18 @@ class ListDataset(FileDataset):
         rng = np.random.default_rng([self.pool_seed, entropy])
         return sorted(by_id[i] for i in rng.choice(len(by_id), self.max_replies, replace=False))
 
-    def labels(self, items: Sequence[Item]) -> Labels:
+    def labels(self, items: Items) -> Labels:
         width = max(len(item.replies) for item in items)
-        ratings = torch.full((len(items), len(self._aspects), width), torch.nan).double()
+        ratings = torch.full((len(items), len(items.aspects), width), torch.nan).double()
         for n, item in enumerate(items):
-            for a, aspect in enumerate(self._aspects):
-                if aspect in item.ratings:
-                    ratings[n, a, : len(item.replies)] = torch.tensor(item.ratings[aspect]).double()
+            for a, aspect in enumerate(items.aspects):
+                ratings[n, a, : len(item.replies)] = torch.tensor(item.ratings[aspect]).double()
         replies = torch.tensor([len(item.replies) for item in items]).unsqueeze(-1)
         present = torch.arange(width) < replies
-        return Labels.of_ratings(self._aspects, ratings, present, self.temperature)
+        return Labels.of_ratings(list(items.aspects), ratings, present, self.temperature)
 
-    def floor(self, lengths: np.ndarray, present: np.ndarray) -> np.ndarray:
+    def reply_length_bound(self, lengths: np.ndarray, present: np.ndarray) -> np.ndarray:
+        """One percentile over all replies: replies of a list have no fixed roles."""
         return np.asarray(np.percentile(lengths[present], self.min_percentile))
 
     def prepare(
@@ -125,49 +141,51 @@ class ListDataset(FileDataset):
         return lists if self.pairs is None else self._as_pairs(lists)
 
     def _as_pairs(self, lists: Prepared) -> Prepared:
-        """Each split's lists as its pairs: no prompt is in two splits that was not before."""
-        wanted = self.by or dict.fromkeys(self._aspects, 1.0)
-        order = lists.labels.mix(torch.tensor([wanted.get(a, 0.0) for a in self._aspects]).double())
-        chosen: list[tuple[int, list[tuple[int, int]]]] = []
+        """Convert each split's lists to pairs, so that no prompt enters a second split."""
+        aspects = lists.labels.aspects
+        by = self.by or dict.fromkeys(aspects, 1.0)
+        scores = lists.labels.mix(torch.tensor([by.get(a, 0.0) for a in aspects]).double())
+        pairs_of_list: list[tuple[int, list[tuple[int, int]]]] = []
         splits, tied, pairs = {}, 0, 0
         for name in SPLITS:
             begin = pairs
             for n in lists.splits[name].tolist():
-                found = list(self._pairs(order[n, : len(lists.items[n].replies)].tolist()))
+                found = list(self._pairs(scores[n, : len(lists.items[n].replies)].tolist()))
                 tied += not found
                 pairs += len(found)
-                chosen.append((n, found))
+                pairs_of_list.append((n, found))
             splits[name] = np.arange(begin, pairs)
             if begin == pairs:
                 raise UserError(f"dataset.pairs: no two replies of the {name} split differ")
-        items = Items.of(
-            _of(item, pair, rated=False)
-            for n, found in chosen
-            for item in [lists.items[n]]
-            for pair in found
-        )
-        counts = {**lists.counts, "lists_all_tied": tied, "pairs": pairs}
-        return Prepared(items, Labels.of_pairs(pairs), splits, counts)
 
-    def _pairs(self, order: Sequence[float]) -> Iterator[tuple[int, int]]:
-        """(better, worse) by how much each reply is preferred."""
+        def items() -> Iterator[Item]:
+            for n, found in pairs_of_list:
+                item = lists.items[n]
+                for better, worse in found:
+                    yield Item(item.prompt, (item.replies[better], item.replies[worse]))
+
+        counts = {**lists.counts, "lists_all_tied": tied, "pairs": pairs}
+        return Prepared(Items.from_iterable(items()), Labels.of_pairs(pairs), splits, counts)
+
+    def _pairs(self, scores: Sequence[float]) -> Iterator[tuple[int, int]]:
+        """Yield (better, worse) indices of one list's replies, given how far each is preferred."""
         if self.pairs == "separable":
-            for i, j in combinations(range(len(order)), 2):
-                if order[i] != order[j]:
-                    yield (i, j) if order[i] > order[j] else (j, i)
-        elif max(order) > min(order):
-            yield order.index(max(order)), order.index(min(order))
+            for i, j in combinations(range(len(scores)), 2):
+                if scores[i] != scores[j]:
+                    yield (i, j) if scores[i] > scores[j] else (j, i)
+        elif max(scores) > min(scores):
+            yield scores.index(max(scores)), scores.index(min(scores))
 
 
 def parse_list(row: Row, where: str) -> Item:
-    """A row as a prompt and its replies with their ratings.
+    """Parse a row of a list: a prompt and its replies with their ratings.
 
-    Understood: ``prompt`` (a string or messages), ``responses`` (strings) and ``ratings`` (aspect
-    to a number for each response, null where missing); and openbmb/UltraFeedback's
+    Accepted forms: ``prompt`` (a string or messages), ``responses`` (strings) and ``ratings``
+    (aspect to a number for each response, null where missing); and openbmb/UltraFeedback's
     ``instruction`` and ``completions``, each with ``response`` and ``annotations``.
 
     Raises:
-        UserError: naming ``where`` and what is missing or of the wrong form.
+        UserError: something is missing or of another form; names ``where``.
     """
     if not isinstance(row, Mapping):
         raise UserError(f"{where}: expected an object, got {type(row).__name__}")
@@ -192,7 +210,7 @@ def parse_list(row: Row, where: str) -> Item:
 
 
 def _completions(completions: Any, where: str) -> tuple[list[Any], dict[str, list[Any]]]:
-    """Responses and ratings of openbmb/UltraFeedback's form."""
+    """The responses and ratings in the ``completions`` of openbmb/UltraFeedback."""
     if not isinstance(completions, list) or not all(isinstance(c, Mapping) for c in completions):
         raise UserError(f"{where}: completions must be a list of objects")
     notes = [completion.get("annotations") or {} for completion in completions]
@@ -210,7 +228,7 @@ def _numbers(values: Any, where: str, replies: int) -> tuple[float, ...]:
 
 
 def _number(value: Any, where: str) -> float:
-    """NaN if there is none: UltraFeedback says N/A."""
+    """Parse one rating; NaN where it is null or, as in UltraFeedback, ``N/A``."""
     if value is None or value == "N/A":
         return math.nan
     try:
@@ -222,10 +240,11 @@ def _number(value: Any, where: str) -> float:
     return number
 
 
-def _of(item: Item, replies: Sequence[int], rated: bool = True) -> Item:
-    """Some of an item's replies."""
-    ratings = {a: tuple(values[i] for i in replies) for a, values in item.ratings.items() if rated}
-    return replace(item, replies=tuple(item.replies[i] for i in replies), ratings=ratings)
+def _complete_ratings(item: Item, aspect: str, replies: Sequence[int]) -> tuple[float, ...]:
+    """An aspect's ratings of some of the item's replies, all NaN if one of them is missing."""
+    given = item.ratings.get(aspect)
+    ratings = tuple(given[i] for i in replies) if given else (math.nan,)
+    return (math.nan,) * len(replies) if any(map(math.isnan, ratings)) else ratings
 
 
 def _repeats(names: Sequence[str]) -> bool:

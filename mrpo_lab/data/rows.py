@@ -1,4 +1,4 @@
-"""Rows of preference data: where they are read from, and the forms that are understood."""
+"""Reading rows of preference data from files and the hub, and parsing rows of pairs."""
 
 import csv
 import gzip
@@ -20,13 +20,15 @@ SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 
 
 def read_rows(path: str, split: str = "train") -> Iterator[tuple[str, Row]]:
-    """(where, row) of a local file, of a local copy of a hub data set, or of the hub itself.
+    """Yield (where, row) from a local file, a local copy of a hub data set, or the hub.
 
-    ``path`` is a .jsonl, .json, .csv (each also .gz) or .parquet file, a folder in the hub's
-    layout, or a hub name.
+    Args:
+        path: a .jsonl, .json, .csv (each also .gz) or .parquet file, a folder in the hub's layout,
+            or the name of a hub data set.
+        split: the split of a hub data set; files have none.
 
     Raises:
-        UserError: nothing there, not readable, or the hub cannot be reached.
+        UserError: ``path`` does not exist or cannot be read, or the hub cannot be reached.
     """
     local = Path(path).expanduser()
     if local.is_file():
@@ -51,7 +53,7 @@ def _hub_rows(path: str, split: str) -> Iterator[Row]:
     from datasets.exceptions import DatasetNotFoundError, DatasetsError
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
-    # Its bars are for downloads of many files; ours says what is happening and for how long.
+    # They show downloads file by file.
     datasets.disable_progress_bars()
     folder = Path(path).expanduser()
     reason = None if folder.is_dir() else hub.use_cache_if_unreachable()
@@ -77,7 +79,7 @@ def _file_rows(path: Path) -> Iterator[tuple[str, Row]]:
         import pyarrow.parquet as pq
 
         try:
-            # By default 65,536 rows become Python objects at once.
+            # The default, 65,536 rows, takes much memory as Python objects.
             batches = pq.ParquetFile(path).iter_batches(batch_size=1024)
             rows = (row for batch in batches for row in batch.to_pylist())
             yield from ((f"{path} row {index}", row) for index, row in enumerate(rows))
@@ -87,7 +89,7 @@ def _file_rows(path: Path) -> Iterator[tuple[str, Row]]:
     if suffix not in SUFFIXES:
         raise UserError(f"{path}: expected {', '.join(SUFFIXES)}, the text ones also with .gz")
     with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as raw:
-        # As spreadsheets write it, with a byte order mark; line ends inside texts stay as they are.
+        # utf-8-sig drops the byte order mark of spreadsheets; newline="" keeps line ends in texts.
         text = io.TextIOWrapper(raw, encoding="utf-8-sig", newline="")
         try:
             yield from {".jsonl": _jsonl, ".json": _json, ".csv": _csv}[suffix](path, text)
@@ -129,15 +131,15 @@ def _loads(text: str, where: str) -> Any:
 
 
 def parse_item(row: Row, where: str) -> Item:
-    """A row as a prompt and its two replies, chosen first.
+    """Parse a row of a pair: a prompt and two replies, the chosen one first.
 
-    Understood: ``prompt``, ``chosen``, ``rejected`` as strings; ``chosen`` and ``rejected`` as
+    Accepted forms: ``prompt``, ``chosen``, ``rejected`` as strings; ``chosen`` and ``rejected`` as
     message lists that begin with the same prompt, with or without ``prompt`` (a string or a list);
     PKU's ``response_0``, ``response_1``, ``better_response_id``; and, in any string prompt or
     conversation, ``Human: ... Assistant: ...`` transcripts.
 
     Raises:
-        UserError: naming ``where`` and what is missing or of the wrong form.
+        UserError: something is missing or of another form; names ``where``.
     """
     if not isinstance(row, Mapping):
         raise UserError(f"{where}: expected an object, got {type(row).__name__}")
@@ -176,11 +178,12 @@ def parse_item(row: Row, where: str) -> Item:
 
 
 def as_prompt(given: Any, where: str) -> tuple[Message, ...]:
-    """A string, a transcript or messages, as messages without a final empty ``Assistant:``, which
-    only asks for the reply.
+    """Parse a prompt: a string, a transcript or messages.
+
+    A final empty ``Assistant:`` turn, which only asks for the reply, is dropped.
 
     Raises:
-        UserError: it is of another form, or nothing.
+        UserError: it is empty or of another form.
     """
     prompt = _transcript(given) if isinstance(given, str) else _messages(given, "prompt", where)
     prompt = prompt[:-1] if prompt[-1:] == _reply("") else prompt
@@ -190,10 +193,10 @@ def as_prompt(given: Any, where: str) -> tuple[Message, ...]:
 
 
 def checked(item: Item, where: str) -> Item:
-    """The item, if its texts can be written down.
+    """Return the item if its texts can be encoded as UTF-8.
 
     Raises:
-        UserError: it holds half of a surrogate pair.
+        UserError: a text holds half of a surrogate pair.
     """
     try:
         "".join([*(message["content"] for message in item.prompt), *item.replies]).encode()
@@ -203,6 +206,7 @@ def checked(item: Item, where: str) -> Item:
 
 
 def _from_pku(row: Row, where: str) -> Row:
+    """Convert a row of PKU-SafeRLHF to ``prompt``, ``chosen`` and ``rejected``."""
     better = row["better_response_id"]
     if better not in (0, 1, "0", "1") or "prompt" not in row:
         raise UserError(
@@ -223,7 +227,7 @@ def _reply(text: str) -> list[Message]:
 
 
 def _conversation(value: Any, key: str, where: str) -> list[Message]:
-    """A reply alone, or a conversation that ends in it, as messages."""
+    """Parse a reply, or a conversation that ends in one, to messages."""
     if not isinstance(value, str):
         return _messages(value, key, where)
     turns = _transcript(value)
@@ -244,7 +248,7 @@ def _messages(value: Any, key: str, where: str) -> list[Message]:
 
 
 def _shared_start(left: list[Message], right: list[Message]) -> list[Message]:
-    """The prompt of two conversations: the messages before their last that both begin with."""
+    """The messages that two conversations have in common at the start, their last ones excluded."""
     shared = []
     for a, b in zip(left[:-1], right[:-1], strict=False):
         if a != b:
@@ -254,7 +258,7 @@ def _shared_start(left: list[Message], right: list[Message]) -> list[Message]:
 
 
 def _transcript(text: str) -> list[Message]:
-    """``Human: ... Assistant: ...`` as messages; any other text is one user message."""
+    """Parse ``Human: ... Assistant: ...`` to messages; any other text is one user message."""
     if not re.match(r"\s*Human:", text):
         return [{"role": "user", "content": text}]
     turns = re.split(r"(?:^|\n\n)\s*(Human|Assistant):", text.strip())

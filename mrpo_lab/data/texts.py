@@ -1,4 +1,4 @@
-"""The values that data are made of: messages, items (a prompt and its replies), token rows."""
+"""The types that preference data consist of: messages, items and token rows."""
 
 from __future__ import annotations
 
@@ -13,25 +13,32 @@ Message = dict[str, str]
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """A prompt and its replies: chosen and rejected, or any number that are rated."""
+    """A prompt with its replies: a chosen and a rejected one, or a list of rated replies."""
 
     prompt: tuple[Message, ...]
     replies: tuple[str, ...]
     ratings: Mapping[str, tuple[float, ...]] = field(default_factory=dict, hash=False)
-    """Aspect to a number for each reply, NaN where missing; none of a pair, whose first is best."""
+    """Aspect to one rating per reply, NaN where missing. Empty for a pair, whose first reply is the
+    chosen one."""
 
 
 @dataclass(frozen=True, slots=True)
 class TokenRow:
-    """One prompt with one reply. The reply's tokens are ``ids[start:]``, end of turn included."""
+    """The tokens of one prompt with one reply.
+
+    The reply's tokens are ``ids[start:]``, its end-of-turn token included.
+    """
 
     ids: np.ndarray
+    """(T,) int32, prompt and reply."""
     start: int
+    """Index of the reply's first token."""
     prefix_broken: bool = False
-    """The rendered prompt is no token prefix of prompt + reply: the reply starts at the longest
-    common prefix instead."""
+    """Whether the prompt's tokens are no prefix of those of prompt + reply. The reply then starts
+    where the longest common prefix ends."""
     system_folded: bool = False
-    """The template has no system role: the message was put before the first user message."""
+    """Whether the system message was put before the first user message, because the template
+    refuses the system role."""
 
     @property
     def reply_tokens(self) -> int:
@@ -39,4 +46,4 @@ class TokenRow:
 
 
 Replies = tuple[TokenRow, ...]
-"""The token rows of one prompt's R replies."""
+"""The token rows of one item, one per reply."""

@@ -15,26 +15,31 @@ from mrpo_lab.progress import progress
 from mrpo_lab.storage.tables import Table
 
 CHUNK = 256
-"""Items tokenized at once: as fast as thousands, and long ones take 0.3 MB each meanwhile."""
-PATIENCE = 5.0
-"""Seconds without a bar: most data sets need no more."""
+"""Number of items tokenized at once. As fast as thousands; a long item takes 0.3 MB of memory."""
+BAR_DELAY = 5.0
+"""Seconds before a progress bar appears; most data sets need no more."""
 
 
 class Lengths(NamedTuple):
-    """Of N items with R replies under one tokenizer, each (N, R)."""
+    """Token counts of N items with up to R replies under one tokenizer, each (N, R)."""
 
     prompt: np.ndarray
-    """Prompt tokens."""
+    """Number of prompt tokens."""
     reply: np.ndarray
-    """Reply tokens; 0 where the reply cannot be scored, as when the template refuses the prompt."""
+    """Number of reply tokens; 0 where the reply cannot be scored, for instance because the template
+    refuses the prompt."""
     prefix_broken: np.ndarray
+    """1 where ``TokenRow.prefix_broken``, else 0."""
     system_folded: np.ndarray
-    """1 where the text had to be bent to fit; see ``TokenRow``."""
+    """1 where ``TokenRow.system_folded``, else 0."""
 
 
 @dataclass(frozen=True)
 class Tokenization:
-    """Loads the tokenizer when it is first needed: counts already stored need none."""
+    """A model's tokenizer and chat template, loaded at first use.
+
+    Token counts that are already in the cache are read without loading them.
+    """
 
     name: str
     folder: Path
@@ -50,21 +55,26 @@ class Tokenization:
         return format_fingerprint(self.folder, self.name, self.template)
 
     def rows(self, items: Sequence[Item]) -> list[tuple[TokenRow, ...] | None]:
+        """The token rows of each item; None where the template refuses the prompt."""
         return list(self.stream(items, range(len(items))))
 
     def stream(
         self, items: Sequence[Item], which: Sequence[int] | np.ndarray
     ) -> Iterator[tuple[TokenRow, ...] | None]:
-        """The rows of ``items[i]`` for i in ``which``."""
+        """The token rows of ``items[i]`` for each index i in ``which``, tokenized in chunks."""
         for start in range(0, len(which), CHUNK):
             yield from self.format.rows([items[i] for i in which[start : start + CHUNK]])
 
     def lengths(self, items: Sequence[Item], ids: np.ndarray) -> Lengths:
-        """Token counts of every prompt and reply, counted once per text."""
+        """Token counts of every prompt and reply; each text is counted once and then cached.
+
+        Args:
+            ids: (N, R), from ``reply_ids(items)``.
+        """
 
         def measure(rows: tuple[TokenRow, ...]) -> Iterator[tuple[int, ...]]:
             for row in rows:
-                # A reply that nothing precedes has no log-probability for its first token.
+                # Without a token before it, the reply's first token has no log-probability.
                 scorable = row.reply_tokens if row.start else 0
                 yield row.start, scorable, row.prefix_broken, row.system_folded
 
@@ -72,9 +82,13 @@ class Tokenization:
         table = Table.open("lengths", self.name, key, dict.fromkeys(Lengths._fields, "i4"))
         return Lengths(**self._stored(table, items, ids, measure))
 
-    def same_when_cut(self, items: Sequence[Item], ids: np.ndarray, max_tokens: int) -> np.ndarray:
-        """(N,) whether within the first ``max_tokens`` tokens an item's first reply is the same as
-        another one; what is left of a text is found out once."""
+    def identical_after_truncation(
+        self, items: Sequence[Item], ids: np.ndarray, max_tokens: int
+    ) -> np.ndarray:
+        """Whether truncation to ``max_tokens`` makes an item's first reply equal another one, (N,).
+
+        The truncated tokens of each text are hashed once and then cached.
+        """
 
         def measure(rows: tuple[TokenRow, ...]) -> Iterator[tuple[int, ...]]:
             for row in rows:
@@ -94,11 +108,13 @@ class Tokenization:
         ids: np.ndarray,
         measure: Callable[[tuple[TokenRow, ...]], Iterable[tuple[int, ...]]],
     ) -> dict[str, np.ndarray]:
-        """The table's columns (N, R); of texts that it lacks ``measure`` gives them, a reply at a
-        time, and they are added."""
+        """The columns of ``table``, each (N, R), after adding the texts that it lacks.
+
+        ``measure`` turns the token rows of an item into one tuple of numbers per reply.
+        """
         known, found = table.read(ids)
         missing = np.flatnonzero(~found.all(-1))
-        with progress(len(missing), f"tokens of {self.name}", "prompt", delay=PATIENCE) as bar:
+        with progress(len(missing), f"tokens of {self.name}", "prompt", delay=BAR_DELAY) as bar:
             for index, rows in zip(missing, self.stream(items, missing), strict=True):
                 for reply, numbers in enumerate(measure(rows or ())):
                     for name, number in zip(known, numbers, strict=True):

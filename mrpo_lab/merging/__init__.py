@@ -1,1 +1,1 @@
-"""Trade-offs between aspects without telling lambda: adapters of single aspects, merged."""
+"""Trade-offs between aspects from merged adapters, to compare with a lambda-conditioned policy."""

@@ -1,9 +1,10 @@
-"""Is telling a policy lambda worth it?
+"""Compare a policy conditioned on lambda with merged adapters.
 
-TOLD is the folder of a run that was told lambda. Each ALONE is one that was not, trained on one
-aspect (lambda=fixed lambda.weights={ASPECT: 1}) with the same data, seed and model. Their adapters
-are merged with weights lambda (peft's linear merge) at the lambdas that TOLD was tried at, and all
-are compared on its test lists.
+CONDITIONED is the folder of a run whose policy has lambda in its prompt (lambda.condition=true).
+Each SINGLE is a run without, trained on one aspect (lambda=fixed lambda.weights={ASPECT: 1}) with
+the same data, seed and model. The adapters of these runs are merged with weights lambda (peft's
+linear merge) at the lambdas at which CONDITIONED was evaluated, and all policies are compared on
+its test lists.
 """
 
 from __future__ import annotations
@@ -13,10 +14,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mrpo_lab.cli import fail
-from mrpo_lab.errors import UserError
+from mrpo_lab.cli import exit_on_user_error
+from mrpo_lab.console import show
 from mrpo_lab.progress import quiet_libraries
-from mrpo_lab.runs.trade_off import table, write_trade_off
+from mrpo_lab.runs.trade_off import trade_off_table, write_trade_off
 
 
 def parser() -> argparse.ArgumentParser:
@@ -25,26 +26,25 @@ def parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    made.add_argument("told", type=Path, metavar="TOLD")
-    made.add_argument("alone", type=Path, nargs="+", metavar="ALONE")
+    made.add_argument("conditioned", type=Path, metavar="CONDITIONED")
+    made.add_argument("single", type=Path, nargs="+", metavar="SINGLE")
     return made
 
 
+@exit_on_user_error
 def main(arguments: Sequence[str]) -> int:
-    """Exit code; the table goes beside TOLD's own, where the report finds it."""
-    asked = parser().parse_args(arguments)
+    """Write the comparison into CONDITIONED's folder, where the report finds it, and print it."""
+    given = parser().parse_args(arguments)
     quiet_libraries()
-    from mrpo_lab.merging.compare import Finished, check, compare
+    from mrpo_lab.merging.merged_policies import FinishedRun, by_aspect, merged_trade_off
 
-    try:
-        told = Finished.read(asked.told)
-        rows = compare(told, check(told, [Finished.read(folder) for folder in asked.alone]))
-    except UserError as error:
-        fail(str(error))
-        return 2
-    file = asked.told / "trade_off_compared.parquet"
+    conditioned = FinishedRun.open(given.conditioned)
+    single = by_aspect(conditioned, [FinishedRun.open(folder) for folder in given.single])
+    rows = merged_trade_off(conditioned, single)
+    file = given.conditioned / "trade_off_compared.parquet"
     write_trade_off(file, rows)
-    print(f"{table(rows, ['pairwise', 'spearman', 'ndcg'])}\n{file}")
+    show(trade_off_table(rows, ["pairwise", "spearman", "ndcg"]))
+    print(file)
     return 0
 
 

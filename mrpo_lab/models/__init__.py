@@ -1,1 +1,1 @@
-"""Checkpoints: loading them, the policy that is trained, the references it is compared with."""
+"""Models: loading their weights, the policy that is trained, and its references."""

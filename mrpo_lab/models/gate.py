@@ -1,8 +1,9 @@
-"""Before a reference is used: is it scored on the right tokens, and does it know language?
+"""Checks of a reference before use: is it scored on the right tokens, does it know language?
 
-A reference scored at wrong positions gives plausible numbers that decide an experiment (docs:
-erratum 5). Three checks catch that: a pair's scores do not depend on the batch it is in or on the
-side of the padding, they beat a uniform guess, and they are no outlier among the references.
+A reference that is scored at wrong positions gives plausible numbers that decide an experiment
+(docs/methods.md, erratum 5). Three checks find that: the scores of a pair depend neither on the
+other pairs in its batch nor on the side of the padding; they are better than a uniform guess; and
+they are no outlier among the references.
 """
 
 from __future__ import annotations
@@ -15,25 +16,29 @@ import numpy as np
 import torch
 
 from mrpo_lab.data.texts import TokenRow
-from mrpo_lab.objective.scores import Scores
+from mrpo_lab.objective.scores import Scores, chosen_first
 from mrpo_lab.scoring.scorer import ReplyScorer, difference
 
 SAMPLE = 8
+"""Number of pairs that are checked."""
 TOLERANCE = {"float64": 1e-6, "float32": 1e-3, "bfloat16": 0.1, "float16": 0.05}
-"""Largest mean difference in nats per token between ways of batching, by dtype of the weights."""
+"""Largest mean difference between two ways of batching, in nats per token, by dtype of the
+weights."""
 OUTLIER = 5.0
-"""How many times the median of the other references is too far. The published results' Phi-3 took
-6 to 13 times the weight of the mean of the others; tiny7's weakest sound model reaches 4."""
+"""Ratio to the median of the other references above which a reference is an outlier. In the
+published results Phi-3 had 6 to 13 times the mean weight of the others; the weakest correctly
+scored model of tiny7 reaches 4."""
 ADVANTAGE = 0.5
-"""Nats per token by which a model that knows any language beats a uniform guess."""
+"""Nats per token by which any language model is better than a uniform guess."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One check that failed, with its numbers."""
+    """A check that a reference failed."""
 
     slug: str
     problem: str
+    """What was measured and what it should be, in one line."""
 
     def __str__(self) -> str:
         return f"reference {self.slug}: {self.problem}"
@@ -46,7 +51,11 @@ def check_scoring(
     vocabulary: int,
     dtype: str,
 ) -> list[Finding]:
-    """Score a few pairs alone, and in one batch padded left and right; compare with a guess."""
+    """Check a reference on the first ``SAMPLE`` pairs of ``rows``.
+
+    Replies are scored one by one, all in one batch as the scorer makes it, and all in one batch
+    that is padded on the left. The three must agree, and must be better than a uniform guess.
+    """
     pairs = [item[:2] for item in rows[:SAMPLE]]
     flat = [row for pair in pairs for row in pair]
     with torch.no_grad():
@@ -54,13 +63,13 @@ def check_scoring(
         together, counts = scorer.logps(pairs)
         left, _ = scorer.padded_logps(flat, "left")
     findings = []
-    for how, sums in (("in one batch", together), ("in a batch padded on the left", left)):
+    for batching, sums in (("in one batch", together), ("in a batch padded on the left", left)):
         apart = difference(sums, alone, counts)
         if not apart <= TOLERANCE[dtype]:
             findings.append(
                 Finding(
                     slug,
-                    f"replies scored alone and {how} differ by {apart:.3g} nats per token, "
+                    f"replies scored alone and {batching} differ by {apart:.3g} nats per token, "
                     f"more than {TOLERANCE[dtype]:g} for {dtype}",
                 )
             )
@@ -68,8 +77,8 @@ def check_scoring(
 
 
 def check_guess(slug: str, scores: Scores, vocabulary: int) -> list[Finding]:
-    """The mean log-probability per token must clearly beat that of a uniform guess; a model with
-    random weights is as good as the guess."""
+    """Check that the mean log-probability per token is better than that of a uniform guess over the
+    vocabulary, by ``ADVANTAGE``. A model with random weights is as good as the guess."""
     mean, guess = float(scores.sums.sum() / scores.counts.sum()), -math.log(vocabulary)
     if mean > guess + ADVANTAGE:
         return []
@@ -83,15 +92,21 @@ def check_guess(slug: str, scores: Scores, vocabulary: int) -> list[Finding]:
 
 
 def check_outliers(scores: Mapping[str, Scores], characters: int) -> list[Finding]:
-    """No reference's mean |margin| or nats per character is far beyond the others'.
+    """Check that no reference's mean |margin| or nats per character is more than ``OUTLIER`` times
+    the median of the others. Fewer than three references are not compared.
 
-    ``characters``: of all replies, since tokenizers cut texts differently.
+    Args:
+        characters: number of characters in all replies. Nats are counted per character since the
+            number of tokens depends on the tokenizer.
     """
     if len(scores) < 3:
         return []
     findings = []
     per_character = {s: float(-t.sums.sum()) / characters for s, t in scores.items()}
-    margins = {slug: float(table.margins().abs().mean()) for slug, table in scores.items()}
+    margins = {
+        slug: float(table.margins(chosen_first(*table.sums.shape)).abs().mean())
+        for slug, table in scores.items()
+    }
     for what, values in (("nats per character", per_character), ("mean |margin|", margins)):
         for slug, value in values.items():
             median = float(np.median([other for name, other in values.items() if name != slug]))

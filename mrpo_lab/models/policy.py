@@ -1,4 +1,4 @@
-"""The model that is trained: full weights, LoRA, or LoRA on quantised weights."""
+"""The policy, the model that is trained: all weights, LoRA, or LoRA on quantized weights."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from torch import Tensor, nn
 from mrpo_lab.data.texts import Message
 from mrpo_lab.data.tokenization import Tokenization
 from mrpo_lab.errors import UserError, first_line
-from mrpo_lab.models.weights import Checkpoint
-from mrpo_lab.scoring.kernels import lora as lora_layers
-from mrpo_lab.scoring.kernels import swiglu
+from mrpo_lab.models.weights import ModelSource
+from mrpo_lab.scoring.kernels import Kernels
 from mrpo_lab.scoring.scorer import ReplyScorer, evaluating
 
 
 @dataclass(frozen=True, kw_only=True)
-class PolicyConfig(Checkpoint):
-    """What ``conf/model`` says; ``build`` makes it a model."""
+class PolicyConfig(ModelSource):
+    """The keys of ``conf/model``: which weights to start from, and how to train them."""
 
     lora: dict[str, Any] | None = None
     """Keys of peft's LoraConfig; null trains all weights."""
     gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, more time."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -40,17 +40,21 @@ class PolicyConfig(Checkpoint):
         return "policy"
 
     def build(self, device: torch.device, seed: int) -> Policy:
-        """Load the weights and, with ``seed``, initialise what is trained."""
-        model: Any = self.load(device, frozen=self.lora is not None)
-        swiglu.fuse(model)
+        """Load the weights on ``device``; ``seed`` initializes LoRA.
+
+        Raises:
+            UserError: the weights cannot be loaded, or peft refuses ``lora``.
+        """
+        model: Any = self.read(device)
         if self.lora is None:
             model.requires_grad_(True)
         else:
-            model = _with_lora(model, self.lora, seed)
+            model = _with_lora(model.requires_grad_(False), self.lora, seed)
+        model = self.fused(model.eval())
         if self.gradient_checkpointing:
             base = model.get_base_model() if self.lora is not None else model
             base.activation_checkpointing_enable({"use_reentrant": False})
-        return Policy(model, self.tokenization)
+        return Policy(model, self.tokenization, self.kernels)
 
 
 def _with_lora(model: nn.Module, lora: dict[str, Any], seed: int) -> nn.Module:
@@ -63,25 +67,26 @@ def _with_lora(model: nn.Module, lora: dict[str, Any], seed: int) -> nn.Module:
             adapted: nn.Module = peft.get_peft_model(model, config)
         except (TypeError, ValueError) as error:
             raise UserError(f"model.lora: {first_line(error)}") from error
-    lora_layers.fuse(adapted)
     return adapted
 
 
 class Policy:
-    """A trainable model, its tokenizer, and its scorer."""
+    """A model to train, its tokenizer, and its scorer."""
 
-    def __init__(self, model: nn.Module, tokenization: Tokenization) -> None:
+    def __init__(
+        self, model: nn.Module, tokenization: Tokenization, kernels: Kernels = "auto"
+    ) -> None:
         self.model = model
         self.tokenization = tokenization
-        self.scorer = ReplyScorer(model)
+        self.scorer = ReplyScorer(model, kernels)
 
     @property
     def trainable(self) -> dict[str, nn.Parameter]:
-        """What the optimizer moves and a checkpoint holds, by name."""
+        """The parameters that the optimizer updates and a checkpoint holds, by name."""
         return {n: p for n, p in self.model.named_parameters() if p.requires_grad}
 
     def save(self, folder: Any) -> None:
-        """The adapter, or the full model, as plain safetensors that peft or transformers load."""
+        """Write the adapter, or the full model, and the tokenizer, as peft and transformers do."""
         model: Any = self.model
         model.save_pretrained(folder, safe_serialization=True)
         self.tokenization.format.tokenizer.save_pretrained(folder)

@@ -1,4 +1,4 @@
-"""The reference models: their scores from the store, or computed once and put there."""
+"""The reference models, and their scores: read from the store, or computed once and put there."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import gc
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,9 +16,10 @@ import torch
 from mrpo_lab.data.texts import Item
 from mrpo_lab.errors import UserError
 from mrpo_lab.models.gate import Finding, check_outliers, check_scoring
-from mrpo_lab.models.weights import Checkpoint
+from mrpo_lab.models.weights import ModelSource
 from mrpo_lab.objective.scores import Scores
 from mrpo_lab.progress import progress
+from mrpo_lab.scoring.kernels import Kernels
 from mrpo_lab.scoring.scorer import ReplyScorer
 from mrpo_lab.storage.files import write_whole
 from mrpo_lab.storage.tables import Table
@@ -26,49 +27,63 @@ from mrpo_lab.storage.tables import Table
 logger = logging.getLogger(__name__)
 
 FORMAT = 1
-"""Raise it when the meaning of a stored number changes."""
+"""Version of the stored numbers: increase it when their meaning changes."""
 SHARD_ROWS = 256
-"""Pairs between two writes to the store: what an interruption can lose."""
+"""Number of items between two writes to the store, which an interruption can lose."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reference(Checkpoint):
-    """One entry of a reference set."""
+class Reference(ModelSource):
+    """One model of a reference set."""
 
     slug: str
-    """Its name in configuration, metrics and figures."""
+    """Name of the reference in configuration, metrics and figures."""
 
     @property
     def name(self) -> str:
         return self.slug
 
     def table(self) -> Table:
-        """Where its scores are kept. Max length is no part of the key: replies are never cut, so
-        it decides which pairs are scored, not their numbers."""
+        """The table of this reference's scores in the store.
+
+        Its key is all that changes a number. A maximum length does not: replies are never cut, so
+        it decides which pairs are scored and not what their scores are.
+        """
         key = {**self.fingerprint(), "text": self.tokenization.fingerprint, "format": FORMAT}
         return Table.open("scores", self.slug, key, {"sums": "f8", "counts": "i8"})
 
 
+class ReferenceScores(NamedTuple):
+    """The scores of the references in use, and which checks they failed."""
+
+    scores: Scores
+    """(N, K, R) on the CPU."""
+    findings: list[Finding]
+    """The failed checks, empty unless ``gate`` is warn."""
+
+
 @dataclass(kw_only=True)
 class ReferenceSet:
-    """K references in order; the first is the anchor, the policy's own initial model."""
+    """K reference models in order. The first is the anchor, from which the policy starts."""
 
     entries: list[dict[str, Any]]
-    """Keys of ``Reference`` each; slug and path at least."""
+    """For each model the keys of ``Reference``; slug and path are required."""
     anchor: str | None = None
-    """Slug of the policy's own initial model; null is the first entry."""
+    """Slug of the model that the policy starts from; null is the first entry."""
     use: list[str] | None = None
-    """Slugs to narrow the set to. Pairs are still filtered by all entries' tokenizers, so that
-    every narrowing is trained and tested on the same pairs."""
+    """Slugs of the models in use; null is all. Pairs are always filtered by the tokenizers of all
+    entries, so that every choice is trained and tested on the same pairs."""
     dtype: str = "bfloat16"
+    """dtype of the entries that name none."""
     quantization: str | None = None
-    """dtype and quantization of the entries that name none."""
+    """Quantization of the entries that name none."""
+    kernels: Kernels = "auto"
+    """Kernels of the entries that name none; see ``ModelSource``."""
     gate: str = "stop"
-    """What a failed check does: stop or warn."""
+    """What happens when a check fails: stop or warn."""
     token_budget: int = 8192
-    """Tokens in one scoring batch. Changes memory and speed, never a result."""
-    findings: list[Finding] = field(default_factory=list, init=False)
-    """What the gate found in the references in use and went on with."""
+    """Largest number of tokens in one scoring pass, as ``train.micro_batch_tokens`` is in training
+    and ``train.token_budget`` in evaluation. It changes memory and speed, never a result."""
 
     def __post_init__(self) -> None:
         slugs = [reference.slug for reference in self.all]
@@ -90,13 +105,16 @@ class ReferenceSet:
 
     @cached_property
     def all(self) -> list[Reference]:
-        """Every entry as a reference, in use or not."""
+        """All entries, in use or not."""
+        defaults = {
+            "dtype": self.dtype,
+            "quantization": self.quantization,
+            "kernels": self.kernels,
+        }
         references = []
         for number, entry in enumerate(self.entries):
             try:
-                references.append(
-                    Reference(**{"dtype": self.dtype, "quantization": self.quantization, **entry})
-                )
+                references.append(Reference(**{**defaults, **entry}))
             except (TypeError, ValueError) as error:
                 problem = str(error).removeprefix("Reference.__init__() ")
                 raise ValueError(f"entries[{number}]: {problem}") from error
@@ -122,20 +140,32 @@ class ReferenceSet:
     def slugs(self) -> list[str]:
         return [reference.slug for reference in self.members]
 
-    def scores(self, items: Sequence[Item], ids: np.ndarray, device: torch.device) -> Scores:
-        """(N, K, R) on the CPU; what the store lacks is scored now, one model at a time.
+    def scores(
+        self, items: Sequence[Item], ids: np.ndarray, device: torch.device
+    ) -> ReferenceScores:
+        """The scores of ``items`` under the references in use. Scores that the store lacks are
+        computed on ``device`` and stored, one model at a time.
+
+        Args:
+            ids: (N, R) ids of the replies, their keys in the store.
 
         Raises:
             UserError: a check of the gate failed and ``gate`` is stop.
         """
-        tables = {r.slug: self._table(r, items, ids, device) for r in self.members}
+        scores: dict[str, Scores] = {}
+        findings: list[Finding] = []
+        for reference in self.members:
+            scores[reference.slug], found = self._score(reference, items, ids, device)
+            findings += found
         characters = sum(max(1, len(reply)) for item in items for reply in item.replies)
-        self._report(check_outliers(tables, characters))
-        return Scores.stack(list(tables.values()))
+        outliers = check_outliers(scores, characters)
+        self._report(outliers)
+        return ReferenceScores(Scores.stack(list(scores.values())), findings + outliers)
 
-    def _table(
+    def _score(
         self, reference: Reference, items: Sequence[Item], ids: np.ndarray, device: torch.device
-    ) -> Scores:
+    ) -> tuple[Scores, list[Finding]]:
+        """One reference's scores (N, R), and the checks it failed when they were computed."""
         table = reference.table()
         values, found = table.read(ids)
         if not found.all():
@@ -151,7 +181,8 @@ class ReferenceSet:
             for problem in json.loads((table.folder / "gate.json").read_text())
         ]
         self._report(findings)
-        return Scores(torch.from_numpy(values["sums"]), torch.from_numpy(values["counts"]))
+        scores = Scores(torch.from_numpy(values["sums"]), torch.from_numpy(values["counts"]))
+        return scores, findings
 
     def _fill(
         self,
@@ -161,21 +192,21 @@ class ReferenceSet:
         ids: np.ndarray,
         device: torch.device,
     ) -> None:
-        """Load the model, check it on a few pairs, score all, writing as it goes."""
+        """Load the model, check it on a few items, and write the scores of all to the store."""
         rows = [row for row in reference.tokenization.rows(items) if row is not None]
-        assert len(rows) == len(items), "unrenderable pairs are filtered before scoring"
+        assert len(rows) == len(items), "items that a template refuses are filtered before scoring"
         model = reference.load(device)
-        scorer = ReplyScorer(model)
-        scorer.check_packing(scorer.typical(rows))
+        scorer = ReplyScorer(model, reference.kernels)
+        # Asked before the gate's few items: on first use the scorer checks itself on the longest.
+        by_length = np.argsort([-cost for cost in scorer.costs(rows)], kind="stable")
         vocabulary = len(reference.tokenization.format.tokenizer)
-        # int8 rounds activations by the largest of the batch, whatever the dtype of the rest.
+        # int8 scales activations by the largest in the batch, whatever the dtype of the rest.
         precision = "float16" if reference.quantization == "int8" else reference.dtype
         findings = check_scoring(reference.slug, scorer, rows, vocabulary, precision)
         problems = [finding.problem for finding in findings]
         write_whole(table.folder / "gate.json", json.dumps(problems).encode())
         if self.gate == "stop":
-            self._report(findings)  # before the hours of scoring, not after
-        by_length = np.argsort([-scorer.cost(item) for item in rows], kind="stable")
+            self._report(findings)  # before hours of scoring, not after them
         replies = sum(map(len, rows))
         with progress(replies, f"scoring {reference.slug}", "reply") as bar:
             for part in np.split(by_length, range(SHARD_ROWS, len(rows), SHARD_ROWS)):
@@ -188,7 +219,7 @@ class ReferenceSet:
             torch.cuda.empty_cache()
 
     def _report(self, findings: Sequence[Finding]) -> None:
-        self.findings += findings
+        """Warn of the findings, or stop for them, as ``gate`` says."""
         for finding in findings if self.gate == "warn" else ():
             logger.warning("%s", finding)
         if findings and self.gate == "stop":

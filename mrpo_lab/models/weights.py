@@ -1,4 +1,4 @@
-"""Checkpoints: where they are, what identifies their numbers, and loading them."""
+"""Model weights: where they are, what identifies their numbers, and loading them."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from transformers.utils.logging import disable_progress_bar
 from mrpo_lab import embedded
 from mrpo_lab.data.tokenization import Tokenization
 from mrpo_lab.errors import UserError, first_line
-from mrpo_lab.scoring.kernels import lora, norms
+from mrpo_lab.scoring.kernels import KERNELS, Kernels, fuse
 from mrpo_lab.storage import cache, hub
 from mrpo_lab.storage.files import write_whole
 
-# A bar for every model loaded or saved, even in a second. Downloads keep theirs.
+# transformers shows a bar for every model loaded or saved. Downloads keep theirs.
 disable_progress_bar()
 
 DTYPES = {
@@ -38,20 +38,24 @@ QUANTIZATIONS = ("nf4", "int8")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Checkpoint(ABC):
-    """Weights as they are run: a base, perhaps an adapter, a dtype, a quantisation."""
+class ModelSource(ABC):
+    """The weights of a model, and how they are loaded and computed."""
 
     path: str
-    """Hub name, local folder, or ``embedded:NAME`` for one that the project builds itself."""
+    """Hub name, local folder, or ``embedded:NAME`` for a model that the project builds itself."""
     revision: str | None = None
+    """Branch, tag or commit on the hub."""
     adapter: str | None = None
-    """PEFT adapter on the base: local folder or hub name."""
+    """PEFT adapter that is added to the weights: local folder or hub name."""
     dtype: str = "bfloat16"
+    """float64, float32, bfloat16 or float16."""
     quantization: str | None = None
-    """null, nf4 (4-bit NormalFloat, no double quantisation) or int8."""
+    """null, nf4 (4-bit NormalFloat, no double quantization) or int8."""
     template: str | None = None
     """plain, chatml or a .jinja file in place of the tokenizer's own chat template."""
     trust_remote_code: bool = False
+    kernels: Kernels = "auto"
+    """``off`` computes with plain transformers and peft: slower, and the same within rounding."""
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -61,40 +65,60 @@ class Checkpoint(ABC):
                 f"quantization must be null or one of {', '.join(QUANTIZATIONS)}, "
                 f"got {self.quantization!r}"
             )
+        if self.kernels not in KERNELS:
+            raise ValueError(f"kernels must be {' or '.join(KERNELS)}, got {self.kernels!r}")
 
     @property
     @abstractmethod
     def name(self) -> str:
-        """What messages and files call it."""
+        """The model's name in messages and files."""
 
     @property
     def folder(self) -> Path:
-        """The base as a local folder, downloaded or built if it must be."""
+        """Local folder with the weights, downloaded or built if necessary."""
         return locate(self.path, self.revision)
 
     def fetch(self) -> None:
-        """Have all files at hand, downloaded or built if they must be."""
+        """Download or build the weights and the adapter, unless they are in local folders."""
         _ = self.folder
         if self.adapter:
             locate(self.adapter)
 
     @cached_property
     def tokenization(self) -> Tokenization:
-        """Its tokenizer and template."""
+        """The model's tokenizer and template."""
         return Tokenization(self.name, self.folder, self.template, self.trust_remote_code)
 
     def fingerprint(self) -> dict[str, Any]:
-        """What decides this checkpoint's numbers, without loading it."""
+        """What decides the model's log-probabilities of given tokens, found without loading it."""
         adapter = {"adapter": weights_hash(locate(self.adapter))} if self.adapter else {}
+        # Only "off" is named, so that keys of scores stored before the setting existed stay valid.
+        kernels = {} if self.kernels == "auto" else {"kernels": self.kernels}
         return {
             "weights": weights_hash(self.folder),
             "dtype": self.dtype,
             "quantization": self.quantization,
             **adapter,
+            **kernels,
         }
 
-    def load(self, device: torch.device, frozen: bool = True) -> nn.Module:
-        """The model in evaluation mode on ``device``; ``frozen`` weights are never trained.
+    def load(self, device: torch.device) -> nn.Module:
+        """The model in evaluation mode on ``device`` with frozen weights, its layers fused unless
+        ``kernels`` is off.
+
+        Raises:
+            UserError: see ``read``.
+        """
+        return self.fused(self.read(device).requires_grad_(False))
+
+    def fused(self, model: nn.Module) -> nn.Module:
+        """``model`` with faster layers put in place, unless ``kernels`` is off; see ``fuse``."""
+        if self.kernels == "auto":
+            fuse(model)
+        return model
+
+    def read(self, device: torch.device) -> nn.Module:
+        """The model as transformers and peft make it, in evaluation mode on ``device``.
 
         Raises:
             UserError: not a causal language model in safetensors, or an adapter that does not fit.
@@ -123,15 +147,16 @@ class Checkpoint(ABC):
         if self.adapter:
             model = with_adapter(model, self.adapter, self.path)
         model.eval()
-        if frozen:
-            model.requires_grad_(False)
-            norms.fuse(model)
-        loaded: nn.Module = model if quantized else model.to(device)
-        return loaded
+        placed_model: nn.Module = model if quantized else model.to(device)
+        return placed_model
 
 
 def with_adapter(model: Any, adapter: str, base: str) -> Any:
-    """``model`` with a PEFT adapter on it, every tensor of which must have found its place."""
+    """``model`` with a PEFT adapter.
+
+    Raises:
+        UserError: there is no adapter, or one of its tensors has no place in the model.
+    """
     import peft
     from safetensors import safe_open
 
@@ -151,15 +176,14 @@ def with_adapter(model: Any, adapter: str, base: str) -> Any:
             f"adapter {adapter} does not fit {base}: {len(stray)} tensors have no counterpart, "
             f"first {stray[0]}"
         )
-    lora.fuse(adapted)
     return adapted
 
 
 def locate(path: str, revision: str | None = None) -> Path:
-    """A local folder for a hub name, a folder or an embedded model.
+    """Local folder of a model that is given as a folder, a hub name or ``embedded:NAME``.
 
     Raises:
-        UserError: no such folder, or not to be had from the hub.
+        UserError: there is no such folder, or the hub does not give the model.
     """
     if path.startswith("embedded:"):
         return embedded.folder(path.removeprefix("embedded:"))
@@ -175,7 +199,11 @@ def locate(path: str, revision: str | None = None) -> Path:
 
 
 def weights_hash(folder: Path) -> str:
-    """sha256 over the names and contents of a folder's weights and model configuration."""
+    """sha256 of the names and contents of a folder's weights and model configuration.
+
+    Raises:
+        UserError: the folder has no weights in the safetensors format.
+    """
     digest = hashlib.sha256()
     files = sorted(folder.glob("*.safetensors"))
     if not files:
@@ -187,7 +215,7 @@ def weights_hash(folder: Path) -> str:
 
 
 def _content_hash(file: Path) -> str:
-    """sha256 of a file, remembered while its size and time stay the same."""
+    """sha256 of a file, kept in the cache for as long as the file's size and time stay the same."""
     real = file.resolve()
     if re.fullmatch(r"[0-9a-f]{64}", real.name):
         return real.name  # the hub's cache names large files by their sha256
@@ -200,7 +228,7 @@ def _content_hash(file: Path) -> str:
             return str(known["sha256"])
     with real.open("rb") as content:
         sha256 = hashlib.file_digest(content, "sha256").hexdigest()
-    with suppress(OSError):  # only a saving of time
+    with suppress(OSError):  # without it the file is only hashed again
         memo.parent.mkdir(parents=True, exist_ok=True)
         write_whole(memo, json.dumps({"stamp": stamp, "sha256": sha256}).encode())
     return sha256

@@ -1,6 +1,7 @@
-"""How lambda, the weights of the aspects of a list, is chosen once per optimizer step.
+"""How lambda, the weights of the aspects, is chosen once per optimizer step.
 
-lambda is on the simplex over A aspects, in their order. Pairs have one aspect: lambda is (1,).
+lambda is a point of the simplex over the A aspects by which the replies of lists are rated, in the
+data set's order. Preference pairs have one aspect, so lambda is (1,).
 """
 
 from __future__ import annotations
@@ -17,101 +18,109 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mrpo_lab.objective import simplex
+from mrpo_lab.objective.stateful import Stateful
 
 MAX_POINTS = 1000
 
 
 @dataclass(frozen=True)
 class LambdaContext:
-    """All that a sampler may know before step 0."""
+    """Everything a lambda sampler may know before the first step."""
 
     aspects: list[str]
     rng: np.random.Generator
     probe_loss: Callable[[np.ndarray], float]
-    """The policy's listwise loss now, in nats, averaged over the aspects, on a subset of the
-    validation lists, given by their numbers from 0."""
+    """The policy's current listwise loss in nats, averaged over the aspects, on a subset of the
+    validation lists, given as an index array."""
     num_val: int
 
 
-class LambdaSampler(ABC):
-    """Says lambda at every step. Every hook is called on every sampler."""
+class LambdaSampler(Stateful, ABC):
+    """Chooses lambda for every step. Every method is called on every sampler."""
 
     def __init__(self, condition: bool = False, grid: int = 4) -> None:
         """
         Args:
-            condition: tell the policy lambda in its system prompt, so that it can be chosen later.
-            grid: after training, lambda is tried at all multiples of 1 / ``grid``.
+            condition: write lambda into the policy's system prompt, so that one trained policy can
+                be steered by choosing lambda at inference.
+            grid: after training, the policy is evaluated at all multiples of 1 / ``grid``.
         """
         if grid < 1:
             raise ValueError(f"grid must be 1 or more, got {grid}")
         self.condition, self._grid = condition, grid
 
     def check(self, aspects: list[str], num_val: int) -> None:
-        """Refuse, with a ValueError, what does not fit the aspects or the number of validation
-        lists. Called before any model is loaded."""
+        """Check the settings against the aspects and the size of the validation split.
+
+        Called before any model is loaded.
+
+        Raises:
+            ValueError: a setting does not fit.
+        """
         if self.condition and len(aspects) < 2:
             raise ValueError(f"condition: {aspects[0]} is the only aspect, there is no trade-off")
         if self.condition and simplex.grid_size(self._grid, len(aspects)) > MAX_POINTS:
             raise ValueError(f"grid: more than {MAX_POINTS:,} points for {len(aspects)} aspects")
 
     def start(self, context: LambdaContext) -> None:
-        """Once, before the first step and before any state is restored."""
+        """Prepare for the first step; called once, before any state is restored."""
         self._context = context
 
     @abstractmethod
     def draw(self) -> Float[Tensor, " A"]:
-        """lambda of the next step."""
+        """Draw lambda for the next step."""
 
     @abstractmethod
-    def centre(self, aspects: Sequence[str]) -> Float[Tensor, " A"]:
-        """The mean of what is drawn: what evaluations and weightings judge by."""
+    def mean_lambda(self, aspects: Sequence[str]) -> Float[Tensor, " A"]:
+        """The mean of the drawn lambdas: evaluations and weightings judge replies by it."""
 
     def after_step(self) -> None:
-        """After the optimizer step that used what was drawn."""
-
-    def metrics(self) -> dict[str, float]:
-        """What is worth a curve beside lambda."""
-        return {}
+        """Update after the optimizer step that used the lambda last drawn."""
 
     def state_dict(self) -> dict[str, Any]:
-        """All that ``draw`` depends on beside the configuration: goes into checkpoints."""
         return {"rng": self._context.rng.bit_generator.state}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Inverse of ``state_dict``; called after ``start``."""
         self._context.rng.bit_generator.state = state["rng"]
 
     def points(self, aspects: Sequence[str]) -> Float[Tensor, "P A"]:
-        """Where the trained policy is tried: a grid, or the mean if it is not told lambda."""
+        """Lambdas at which the trained policy is evaluated: a grid if it is conditioned on lambda,
+        else the mean alone."""
         if not self.condition:
-            return self.centre(aspects).unsqueeze(0)
+            return self.mean_lambda(aspects).unsqueeze(0)
         grid = list(simplex.grid(self._grid, len(aspects)))
         return torch.tensor(grid, dtype=torch.float64) / self._grid
 
 
 class FixedLambda(LambdaSampler):
-    """The same lambda at every step: ``weights`` by aspect, 0 if not named; null is equal."""
+    """The same lambda at every step, given by aspect.
+
+    Aspects that ``weights`` does not name have weight 0; null gives all aspects equal weight.
+    """
 
     def __init__(
         self, weights: dict[str, float] | None = None, condition: bool = False, grid: int = 4
     ) -> None:
         super().__init__(condition, grid)
-        self._weights = None if weights is None else weights_of(weights)
+        self._weights = None if weights is None else checked_weights(weights)
 
     def check(self, aspects: list[str], num_val: int) -> None:
         super().check(aspects, num_val)
         check_names(self._weights or {}, aspects)
 
     def draw(self) -> Float[Tensor, " A"]:
-        return self.centre(self._context.aspects)
+        return self.mean_lambda(self._context.aspects)
 
-    def centre(self, aspects: Sequence[str]) -> Float[Tensor, " A"]:
+    def mean_lambda(self, aspects: Sequence[str]) -> Float[Tensor, " A"]:
         return in_order(self._weights or dict.fromkeys(aspects, 1.0), aspects)
 
 
 class DirichletLambda(LambdaSampler):
-    """lambda ~ Dirichlet(c): ``concentration`` of every aspect, or of each by name. 1 is uniform on
-    the simplex, below 1 prefers its corners."""
+    """lambda drawn from a Dirichlet distribution at every step.
+
+    ``concentration`` is one number for all aspects or a number for each by name; 1 is uniform on
+    the simplex, values below 1 prefer its corners.
+    """
 
     def __init__(
         self,
@@ -136,7 +145,7 @@ class DirichletLambda(LambdaSampler):
         drawn = self._context.rng.dirichlet(self._alpha(self._context.aspects).numpy())
         return torch.from_numpy(drawn)
 
-    def centre(self, aspects: Sequence[str]) -> Float[Tensor, " A"]:
+    def mean_lambda(self, aspects: Sequence[str]) -> Float[Tensor, " A"]:
         alpha = self._alpha(aspects)
         return alpha / alpha.sum()
 
@@ -147,7 +156,10 @@ class DirichletLambda(LambdaSampler):
 
 
 class TableLambda(LambdaSampler):
-    """One of the ``rows`` (aspect to weight), with ``probabilities`` or equally often."""
+    """lambda drawn from a table at every step.
+
+    ``rows`` map aspects to weights; ``probabilities`` defaults to all rows equally often.
+    """
 
     def __init__(
         self,
@@ -159,7 +171,7 @@ class TableLambda(LambdaSampler):
         super().__init__(condition, grid)
         if not rows:
             raise ValueError("rows: give at least one, {aspect: weight}")
-        self._rows = [weights_of(row) for row in rows]
+        self._rows = [checked_weights(row) for row in rows]
         given = [1.0] * len(rows) if probabilities is None else probabilities
         if len(given) != len(rows) or any(not p >= 0 for p in given) or not sum(given) > 0:
             raise ValueError(f"probabilities must be {len(rows)} numbers of 0 or more, got {given}")
@@ -174,19 +186,19 @@ class TableLambda(LambdaSampler):
         row = int(self._context.rng.choice(len(self._rows), p=self._probabilities))
         return in_order(self._rows[row], self._context.aspects)
 
-    def centre(self, aspects: Sequence[str]) -> Float[Tensor, " A"]:
+    def mean_lambda(self, aspects: Sequence[str]) -> Float[Tensor, " A"]:
         rows = torch.stack([in_order(row, aspects) for row in self._rows])
         return torch.from_numpy(self._probabilities) @ rows
 
 
 class LearnedLambda(LambdaSampler):
-    """A bandit over a table of lambdas, by Thompson sampling. A row's reward is how far the
-    validation listwise loss, averaged over the aspects, falls across the step that used it.
+    """Thompson sampling over a table of lambdas.
 
-    Rewards of a row are taken as normal, with one variance for all rows: its mean is drawn from
-    N(mean, variance / pulls), and rows that were never used come first (lambda-DPO, 2506.19780,
-    describes a learned scheduler and does not say which). ``rows``: null takes the corners and the
-    centre.
+    The reward of a row is the decrease of the validation listwise loss, averaged over the aspects,
+    across the step that used it. Rewards are modeled as normal with one variance for all rows: the
+    mean of a row is drawn from N(mean, variance / pulls), and rows that were never used come first.
+    lambda-DPO (2506.19780) describes a learned scheduler without saying which. ``rows: null`` takes
+    the corners of the simplex and its center.
     """
 
     def __init__(
@@ -199,7 +211,7 @@ class LearnedLambda(LambdaSampler):
         super().__init__(condition, grid)
         if probe_size < 1:
             raise ValueError(f"probe_size must be 1 or more, got {probe_size}")
-        self._given = None if rows is None else [weights_of(row) for row in rows]
+        self._given = None if rows is None else [checked_weights(row) for row in rows]
         self._probe_size = probe_size
 
     def check(self, aspects: list[str], num_val: int) -> None:
@@ -227,7 +239,7 @@ class LearnedLambda(LambdaSampler):
         return self._rows[self._row]
 
     def _means(self) -> np.ndarray:
-        """A draw of each row's mean reward."""
+        """Draw each row's mean reward from its posterior."""
         rng, pulls = self._context.rng, self._pulls
         mean = self._sums / np.maximum(pulls, 1)
         noise = rng.standard_normal(len(pulls))
@@ -243,7 +255,7 @@ class LearnedLambda(LambdaSampler):
         self._squares += reward**2
         self._reward = reward
 
-    def centre(self, aspects: Sequence[str]) -> Float[Tensor, " A"]:
+    def mean_lambda(self, aspects: Sequence[str]) -> Float[Tensor, " A"]:
         return self._table(aspects).mean(0)
 
     def _table(self, aspects: Sequence[str]) -> Float[Tensor, "J A"]:
@@ -265,8 +277,8 @@ class LearnedLambda(LambdaSampler):
         self._squares = float(state["squares"])
 
 
-def weights_of(weights: Mapping[str, float]) -> dict[str, float]:
-    """``weights`` as they are, if they can be normalised.
+def checked_weights(weights: Mapping[str, float]) -> dict[str, float]:
+    """Return ``weights`` as a dict after checking that they can be normalized.
 
     Raises:
         ValueError: one is negative or not finite, or all are 0.
@@ -277,13 +289,17 @@ def weights_of(weights: Mapping[str, float]) -> dict[str, float]:
 
 
 def check_names(weights: Mapping[str, float], aspects: Sequence[str]) -> None:
-    """Refuse, with a ValueError, an aspect that the data set does not rate."""
+    """Check that the data set rates all named aspects.
+
+    Raises:
+        ValueError: it does not rate one of them.
+    """
     for aspect in weights:
         if aspect not in aspects:
             raise ValueError(f"no aspect is called {aspect!r}; choose from {', '.join(aspects)}")
 
 
 def in_order(weights: Mapping[str, float], aspects: Sequence[str]) -> Float[Tensor, " A"]:
-    """On the simplex, in the order of ``aspects``."""
+    """Normalized weights in the order of ``aspects``."""
     given = torch.tensor([weights.get(aspect, 0.0) for aspect in aspects], dtype=torch.float64)
     return given / given.sum()

@@ -1,4 +1,4 @@
-"""Ratings of replies by several aspects, and what they say is to be preferred under a lambda.
+"""Ratings of replies by several aspects, and the target that they give under a lambda.
 
 Axes: N prompts, A aspects, R replies. A pair has one aspect, under which reply 0 is preferred.
 """
@@ -13,22 +13,22 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 PREFERENCE = "preference"
-"""The one aspect of pairs."""
+"""Name of the one aspect that preference pairs have."""
 
 
 @dataclass(frozen=True)
 class Labels:
-    """What is known of the replies to N prompts."""
+    """Ratings and targets of the replies to N prompts, by aspect."""
 
     aspects: list[str]
     ratings: Float[Tensor, "N A R"]
-    """NaN where a prompt has no such reply, and in all of an aspect that lacks a rating."""
+    """NaN for missing replies, and for all replies if the aspect lacks a rating of one."""
     targets: Float[Tensor, "N A R"]
-    """Of each aspect alone, summing to 1 over the replies; 0 in an aspect that lacks a rating."""
+    """Target of each aspect alone, summing to 1 over the replies; 0 where the aspect is unrated."""
 
     @classmethod
     def of_pairs(cls, number: int) -> Labels:
-        """Reply 0 is preferred to reply 1."""
+        """Labels of preference pairs, whose reply 0 is chosen and reply 1 rejected."""
         first = torch.tensor([1.0, 0.0], dtype=torch.float64).expand(number, 1, 2)
         return cls([PREFERENCE], first, first)
 
@@ -40,8 +40,11 @@ class Labels:
         present: Bool[Tensor, "N R"],
         temperature: float,
     ) -> Labels:
-        """Targets softmax(rating / temperature) (2506.19780). A missing rating drops its aspect
-        for that prompt; where all ratings are equal the target is uniform."""
+        """Labels with targets softmax(rating / temperature) (2506.19780).
+
+        An aspect that lacks a rating for one reply is left out for that prompt. Equal ratings give
+        a uniform target.
+        """
         present = present.unsqueeze(1)
         rated = (~ratings.isnan() | ~present).all(-1, keepdim=True)
         there = rated & present
@@ -51,12 +54,14 @@ class Labels:
 
     @property
     def rated(self) -> Bool[Tensor, "N A"]:
-        """Which aspects of which prompts have all their ratings."""
+        """Whether a prompt has ratings of all its replies by an aspect."""
         return (self.targets > 0).any(-1)
 
     def mix(self, weights: Float[Tensor, " A"]) -> Float[Tensor, "N R"]:
-        """The target sum_a lambda_a p_a, over the aspects that are rated, renormalised; all 0,
-        which asks for nothing, where lambda is 0 on all of those."""
+        """The target sum_a lambda_a p_a over the rated aspects, with lambda renormalized over them.
+
+        The target is all 0, so nothing is preferred, where lambda is 0 on all rated aspects.
+        """
         shares = weights * self.rated
         total = shares.sum(-1, keepdim=True)
         shares = shares / total.where(total > 0, 1)

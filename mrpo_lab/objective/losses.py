@@ -1,13 +1,16 @@
-r"""Preference losses against K references. Pure functions of tensors.
+r"""Preference losses against K references, as pure functions of tensors.
 
-Axes:  B prompts of the batch, K references, R replies to a prompt. A pair is R = 2, reply 0 chosen.
-Units: log-probabilities in nats, per token or per reply, alike for policy and references.
+Axes:  B prompts in the batch, K references, R replies per prompt (a pair has R = 2, chosen first).
+Units: log-probabilities in nats, per token or per reply, the same for policy and references.
 
 Three choices are independent. A *combination* (dpo, mdpo, mrpo, geometric) says how K references
-enter the implicit rewards r = beta (log pi - log pi_ref). A *link* (logistic, robust, ipo, hinge)
-turns rewards into a loss; *listwise* does it for any number of replies. A *clip* (no_clip, ctro)
-confines references to a trust region. The index 0 on axis K is the anchor: the policy's own initial
+enter the implicit rewards r = beta (log pi - log pi_ref). A *link* (logistic, robust, ipo, hinge,
+listwise) turns rewards into a loss; only listwise takes more than two replies. A *clip* (no_clip,
+ctro) confines the references to a trust region. Reference 0 is the anchor, the policy's own initial
 model.
+
+A new loss is a function in this file and a YAML file in ``conf/loss``, ``conf/loss/link`` or
+``conf/loss/clip``.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from typing import Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mrpo_lab.objective.scores import Scores
@@ -26,7 +29,7 @@ from mrpo_lab.objective.scores import Scores
 
 @runtime_checkable
 class Link(Protocol):
-    """Rewards of the R replies and how much each is preferred in, one loss per prompt out."""
+    """Turns the rewards of R replies, and how much each is to be preferred, into one loss."""
 
     def __call__(
         self, rewards: Float[Tensor, "*n R"], target: Float[Tensor, "*#n R"], *, beta: float
@@ -34,15 +37,15 @@ class Link(Protocol):
 
 
 @runtime_checkable
-class Linked(Protocol):
-    """A link that has been told what is preferred."""
+class LinkToTarget(Protocol):
+    """A link with its target already given."""
 
     def __call__(self, rewards: Float[Tensor, "*n R"], *, beta: float) -> Float[Tensor, "*n"]: ...
 
 
 @runtime_checkable
 class Combination(Protocol):
-    """(loss (B,), rewards (B, R)) of policy scores against weighted references."""
+    """Combines K weighted references with the policy into losses (B,) and rewards (B, R)."""
 
     def __call__(
         self,
@@ -51,7 +54,7 @@ class Combination(Protocol):
         alpha: Float[Tensor, "B K"],
         *,
         beta: float,
-        link: Linked,
+        link: LinkToTarget,
     ) -> tuple[Float[Tensor, " B"], Float[Tensor, "B R"]]: ...
 
 
@@ -64,12 +67,11 @@ def dpo(
     alpha: Float[Tensor, "B K"],
     *,
     beta: float,
-    link: Linked,
+    link: LinkToTarget,
 ) -> tuple[Float[Tensor, " B"], Float[Tensor, "B R"]]:
-    """DPO against one reference (Rafailov et al. 2023, eq. 7): the one of largest alpha.
+    """DPO against the one reference with the largest alpha (Rafailov et al. 2023, eq. 7).
 
-    Of several with the largest alpha the first is taken, which makes the anchor the reference
-    wherever alpha has no opinion.
+    Ties go to the first reference, so a uniform alpha means DPO against the anchor.
     """
     first_largest = alpha.sort(dim=-1, descending=True, stable=True).indices[:, 0]
     rewards = beta * (policy - refs[torch.arange(len(refs), device=refs.device), first_largest])
@@ -82,9 +84,9 @@ def mdpo(
     alpha: Float[Tensor, "B K"],
     *,
     beta: float,
-    link: Linked,
+    link: LinkToTarget,
 ) -> tuple[Float[Tensor, " B"], Float[Tensor, "B R"]]:
-    """Weighted sum of the K single-reference losses (Le et al. 2025, Multi-DPO)."""
+    """Sum of the K single-reference losses, weighted by alpha (Le et al. 2025, Multi-DPO)."""
     refs = _without_unweighted(refs, alpha)
     rewards = beta * (policy.unsqueeze(1) - refs)  # (B, K, R)
     loss = (alpha * link(rewards, beta=beta)).sum(-1)
@@ -97,13 +99,13 @@ def mrpo(
     alpha: Float[Tensor, "B K"],
     *,
     beta: float,
-    link: Linked,
+    link: LinkToTarget,
 ) -> tuple[Float[Tensor, " B"], Float[Tensor, "B R"]]:
     r"""DPO against the weighted harmonic mean of the references (Le et al. 2025, MRPO).
 
     .. math:: \log\pi_{ref} = -\log\sum_k \alpha_k e^{-\log\pi_k}
 
-    As a logsumexp: log 0 = -inf removes a reference exactly, so nothing is clamped.
+    Computed as a logsumexp, where log 0 = -inf removes a reference exactly; nothing is clamped.
     """
     refs = _without_unweighted(refs, alpha)
     harmonic = -torch.logsumexp(alpha.log().unsqueeze(-1) - refs, dim=1)  # (B, R)
@@ -117,11 +119,12 @@ def geometric(
     alpha: Float[Tensor, "B K"],
     *,
     beta: float,
-    link: Linked,
+    link: LinkToTarget,
 ) -> tuple[Float[Tensor, " B"], Float[Tensor, "B R"]]:
     """DPO against the geometric mixture of the references (Aminian et al. 2025).
 
-    The mixture's normaliser depends on the prompt alone and cancels between two replies.
+    With summed log-probabilities the mixture's normalizer cancels between the replies to a prompt.
+    With log-probabilities per token it does not, and this loss is a definition of its own.
     """
     refs = _without_unweighted(refs, alpha)
     rewards = beta * (policy - (alpha.unsqueeze(-1) * refs).sum(1))
@@ -131,7 +134,7 @@ def geometric(
 def _without_unweighted(
     refs: Float[Tensor, "B K R"], alpha: Float[Tensor, "B K"]
 ) -> Float[Tensor, "B K R"]:
-    """A weight of exactly 0 removes its reference even where that reference is not finite."""
+    """Replace references whose weight is exactly 0, which may not be finite, by 0."""
     return refs.masked_fill((alpha == 0).unsqueeze(-1), 0.0)
 
 
@@ -141,7 +144,7 @@ def _check_flips(name: str, probability: float) -> None:
 
 
 def _z(rewards: Float[Tensor, "*n R"], target: Float[Tensor, "*#n R"]) -> Float[Tensor, "*n"]:
-    """Reward of the preferred reply minus that of the other."""
+    """The reward of the preferred reply minus that of the other."""
     if rewards.shape[-1] != 2:
         raise ValueError(
             f"this link is for pairs, not for lists of {rewards.shape[-1]} replies: choose "
@@ -157,7 +160,7 @@ def logistic(
     beta: float,
     label_smoothing: float = 0.0,
 ) -> Float[Tensor, "*n"]:
-    """-log sigmoid(z), z = r_chosen - r_rejected; smoothed by epsilon (cDPO, Mitchell 2023)."""
+    """-log sigmoid(z) with z = r_chosen - r_rejected, and label smoothing (cDPO, Mitchell 2023)."""
     _check_flips("label_smoothing", label_smoothing)
     z = _z(rewards, target)
     return -(1 - label_smoothing) * F.logsigmoid(z) - label_smoothing * F.logsigmoid(-z)
@@ -170,7 +173,10 @@ def robust(
     beta: float,
     label_flip: float = 0.1,
 ) -> Float[Tensor, "*n"]:
-    """Unbiased under labels flipped with probability epsilon < 1/2 (Chowdhury et al. 2024)."""
+    """The logistic loss, unbiased if labels are flipped with probability ``label_flip`` < 1/2.
+
+    Source: Chowdhury et al. 2024, robust DPO.
+    """
     _check_flips("label_flip", label_flip)
     z = _z(rewards, target)
     observed, flipped = -F.logsigmoid(z), -F.logsigmoid(-z)
@@ -180,14 +186,14 @@ def robust(
 def ipo(
     rewards: Float[Tensor, "*n R"], target: Float[Tensor, "*#n R"], *, beta: float
 ) -> Float[Tensor, "*n"]:
-    """(z / beta - 1 / (2 beta))^2 (Azar et al. 2023): beta is the temperature tau there."""
+    """(z / beta - 1 / (2 beta))^2 (IPO, Azar et al. 2023, where beta is called tau)."""
     return (_z(rewards, target) / beta - 1 / (2 * beta)).square()
 
 
 def hinge(
     rewards: Float[Tensor, "*n R"], target: Float[Tensor, "*#n R"], *, beta: float
 ) -> Float[Tensor, "*n"]:
-    """max(0, 1 - z) (SLiC, Zhao et al. 2023)."""
+    """The hinge loss max(0, 1 - z) (SLiC, Zhao et al. 2023)."""
     return F.relu(1 - _z(rewards, target))
 
 
@@ -196,22 +202,22 @@ def listwise(
 ) -> Float[Tensor, "*n"]:
     r"""Cross-entropy :math:`-\sum_i p^*_i \log\mathrm{softmax}_i(r)` (lambda-DPO, 2506.19780).
 
-    A reward of -inf takes its reply out. For a pair with target (1, 0) it is ``logistic``.
+    A reply with a reward of -inf is left out. For a pair with target (1, 0) it equals ``logistic``.
     """
     terms = target * rewards.log_softmax(-1)
     return -terms.where(target > 0, 0.0).sum(-1)
 
 
 def no_clip(refs: Float[Tensor, "B K R"]) -> Float[Tensor, "B K R"]:
-    """References as they are."""
+    """Return the references unchanged."""
     return refs
 
 
 def ctro(refs: Float[Tensor, "B K R"], *, epsilon: float, adaptive: bool) -> Float[Tensor, "B K R"]:
     """Clipped trust region around the anchor, reference 0 (Le et al. 2025, CTRO).
 
-    ``adaptive`` shares ``epsilon`` out over the replies in proportion to the magnitude of their
-    mean log-probability over references; otherwise every reply gets ``epsilon``.
+    If ``adaptive``, ``epsilon`` is divided among the replies in proportion to the magnitude of
+    their mean log-probability over the references; otherwise every reply gets ``epsilon``.
     """
     if not epsilon > 0:
         raise ValueError(f"epsilon must be greater than 0, got {epsilon}")
@@ -227,7 +233,7 @@ def ctro(refs: Float[Tensor, "B K R"], *, epsilon: float, adaptive: bool) -> Flo
 
 @dataclass(frozen=True, slots=True)
 class LossOutput:
-    """Per-pair results. The trainer averages, so that micro-batches sum to the same mean."""
+    """Losses and rewards of each prompt; the trainer averages over the global batch."""
 
     loss: Float[Tensor, " B"]
     rewards: Float[Tensor, "B R"]
@@ -236,7 +242,11 @@ class LossOutput:
 
 @dataclass(frozen=True, kw_only=True)
 class PreferenceLoss:
-    """A combination, a link and a clip with their strength: what ``conf/loss`` builds."""
+    """A combination, a link and a clip, with their strength beta; ``conf/loss`` builds it.
+
+    Raises:
+        ValueError: a number is out of range.
+    """
 
     combine: Combination
     link: Link
@@ -249,17 +259,76 @@ class PreferenceLoss:
     def __post_init__(self) -> None:
         if not self.beta > 0:
             raise ValueError(f"beta must be greater than 0, got {self.beta}")
-        # Neither a pair nor a model is needed to refuse the clip's and the link's own numbers.
-        self.check(2)
+        self.check(2)  # the link and the clip check their own numbers when they are called
 
     def check(self, replies: int) -> None:
-        """Refuse, with a ValueError, lists of a length that the link cannot take."""
+        """Check that the link and the clip accept prompts with this many replies.
+
+        Raises:
+            ValueError: the link is for pairs only, or a number of the link or clip is out of range.
+        """
         none = torch.zeros(0, 1, replies)
         self.link(self.clip(none), none, beta=self.beta)
 
-    def linked(self, labels: Scores) -> Linked:
-        """The link of prompts with these labels, for rewards (B, R) or (B, K, R)."""
-        target, absent = labels.labels, ~labels.present
+    def __call__(
+        self,
+        policy: Scores,
+        refs: Scores,
+        alpha: Float[Tensor, "B K"],
+        target: Float[Tensor, "B R"],
+    ) -> LossOutput:
+        """Compute the loss of each prompt.
+
+        Args:
+            policy: scores (B, R) of the policy.
+            refs: scores (B, K, R) of the references.
+            alpha: weights of the references, on the simplex over K.
+            target: how much each reply is to be preferred, summing to 1; (1, 0) for a pair.
+
+        Returns:
+            Loss (B,), in nats for the logistic link, and implicit rewards (B, R).
+        """
+        loss, rewards = self.combine(
+            policy.logps(self.length_normalized),
+            self.clip(refs.logps(self.length_normalized)),
+            alpha,
+            beta=self.beta,
+            link=self._link_to(target, refs.present),
+        )
+        return LossOutput(loss, rewards)
+
+    def by_reference(
+        self, policy: Scores, refs: Scores, target: Float[Tensor, "B R"]
+    ) -> Float[Tensor, "B K"]:
+        """The single-reference loss against each reference, unclipped."""
+        logps = policy.logps(self.length_normalized).unsqueeze(1)
+        rewards = self.beta * (logps - refs.logps(self.length_normalized))
+        return self._link_to(target, refs.present)(rewards, beta=self.beta)
+
+    def pair_weights(
+        self,
+        policy: Scores,
+        refs: Scores,
+        alpha: Float[Tensor, "B K"],
+        target: Float[Tensor, "B R"],
+    ) -> Float[Tensor, " B"]:
+        """Weight of each pair's gradient, w = |dL/d d_policy| / beta.
+
+        It is all that the references decide about the gradient of a pair. For a list it is
+        sum_i |dL/dl_i| / (2 beta): under the listwise link the total variation distance between
+        softmax(rewards) and the target.
+        """
+        with torch.enable_grad():
+            logps = policy.logps(self.length_normalized).detach().requires_grad_()
+            clipped = self.clip(refs.logps(self.length_normalized))
+            link = self._link_to(target, refs.present)
+            loss, _ = self.combine(logps, clipped, alpha, beta=self.beta, link=link)
+            (grad,) = torch.autograd.grad(loss.sum(), logps)
+        return grad.abs().sum(-1) / (2 * self.beta)
+
+    def _link_to(self, target: Float[Tensor, "B R"], present: Bool[Tensor, "B R"]) -> LinkToTarget:
+        """Bind the link to a target, for rewards (B, R) or (B, K, R); missing replies get -inf."""
+        absent = ~present
 
         def link(rewards: Float[Tensor, "*n R"], *, beta: float) -> Float[Tensor, "*n"]:
             p, out = (target, absent) if rewards.ndim == 2 else (target[:, None], absent[:, None])
@@ -267,42 +336,8 @@ class PreferenceLoss:
 
         return link
 
-    def __call__(self, policy: Scores, refs: Scores, alpha: Float[Tensor, "B K"]) -> LossOutput:
-        """Loss (nats for the logistic link) of policy scores (B, R) against refs (B, K, R), whose
-        labels count."""
-        loss, rewards = self.combine(
-            policy.logps(self.length_normalized),
-            self.clip(refs.logps(self.length_normalized)),
-            alpha,
-            beta=self.beta,
-            link=self.linked(refs),
-        )
-        return LossOutput(loss, rewards)
-
-    def by_reference(self, policy: Scores, refs: Scores) -> Float[Tensor, "B K"]:
-        """The single-reference loss against each reference, unclipped."""
-        logps = policy.logps(self.length_normalized).unsqueeze(1)
-        rewards = self.beta * (logps - refs.logps(self.length_normalized))
-        return self.linked(refs)(rewards, beta=self.beta)
-
-    def pair_weights(
-        self, policy: Scores, refs: Scores, alpha: Float[Tensor, "B K"]
-    ) -> Float[Tensor, " B"]:
-        """w = |dL/d d_policy| / beta: all that the references decide about a pair's gradient.
-
-        Of a list, sum_i |dL/dl_i| / (2 beta): under the listwise link the total variation distance
-        between softmax(r) and the target.
-        """
-        with torch.enable_grad():
-            logps = policy.logps(self.length_normalized).detach().requires_grad_()
-            clipped = self.clip(refs.logps(self.length_normalized))
-            link = self.linked(refs)
-            loss, _ = self.combine(logps, clipped, alpha, beta=self.beta, link=link)
-            (grad,) = torch.autograd.grad(loss.sum(), logps)
-        return grad.abs().sum(-1) / (2 * self.beta)
-
 
 def effective_sample_size(weights: Float[Tensor, " B"]) -> float:
-    """(sum w)^2 / sum w^2, between 1 and B; 0 if no pair has any weight."""
+    """Effective sample size (sum w)^2 / sum w^2, between 1 and B; 0 if all weights are 0."""
     square = float(weights.square().sum())
     return float(weights.sum()) ** 2 / square if square > 0 else 0.0

@@ -1,8 +1,8 @@
-"""How well scores rank the replies to a prompt, by their ratings. Pure functions of tensors.
+"""Ranking metrics: how well scores rank the replies to a prompt by their ratings.
 
-Each takes ``scores`` and ``ratings`` (B, R), ratings NaN where there is no reply or no rating, and
-gives a number per prompt: NaN where the ratings say nothing. Ties are shared: equal scores count
-as the mean over all orders of theirs.
+Every function takes ``scores`` and ``ratings`` (B, R), with NaN ratings for missing replies, and
+returns one number per prompt: NaN where all ratings are equal. Tied scores count as the mean over
+all orders of the tied replies.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Ranking = Callable[[Float[Tensor, "B R"], Float[Tensor, "B R"]], Float[Tensor, "
 
 
 def top1(scores: Float[Tensor, "B R"], ratings: Float[Tensor, "B R"]) -> Float[Tensor, " B"]:
-    """Whether the reply of highest score is one of highest rating; NaN if all are."""
+    """Whether the reply with the highest score has the highest rating."""
     present = ~ratings.isnan()
     first = _highest(scores, present)
     best = _highest(ratings.nan_to_num(), present)
@@ -26,7 +26,7 @@ def top1(scores: Float[Tensor, "B R"], ratings: Float[Tensor, "B R"]) -> Float[T
 
 
 def pairwise(scores: Float[Tensor, "B R"], ratings: Float[Tensor, "B R"]) -> Float[Tensor, " B"]:
-    """Share of the pairs of replies with different ratings that scores put in the same order."""
+    """Share of the reply pairs with different ratings that the scores put in the same order."""
     apart = scores.unsqueeze(-1) - scores.unsqueeze(-2)
     better = ratings.unsqueeze(-1) > ratings.unsqueeze(-2)  # false wherever one is NaN
     agreed = (apart > 0).double() + 0.5 * (apart == 0)
@@ -44,22 +44,24 @@ def spearman(scores: Float[Tensor, "B R"], ratings: Float[Tensor, "B R"]) -> Flo
 
 
 def ndcg(scores: Float[Tensor, "B R"], ratings: Float[Tensor, "B R"]) -> Float[Tensor, " B"]:
-    """Normalised discounted cumulative gain; a reply's gain is how far it is above the worst."""
+    """Normalized discounted cumulative gain; a reply's gain is its rating above the worst one."""
     present = ~ratings.isnan()
     gains = (ratings - ratings.nan_to_num(nan=torch.inf).amin(-1, keepdim=True)).nan_to_num()
     discounts = 1 / torch.arange(2, scores.shape[-1] + 2, dtype=torch.float64).log2()
-    before = torch.cat([discounts.new_zeros(1), discounts.cumsum(0)]).to(scores.device)
+    cumulative = torch.cat([discounts.new_zeros(1), discounts.cumsum(0)]).to(scores.device)
 
     def gained(by: Float[Tensor, "B R"]) -> Float[Tensor, " B"]:
-        above, equal = _standing(by, present)
-        discount = (before[above + equal] - before[above]) / equal.clamp(min=1)
+        above, equal = _above_and_equal(by, present)
+        discount = (cumulative[above + equal] - cumulative[above]) / equal.clamp(min=1)
         return (gains * discount).sum(-1)
 
     return gained(scores) / gained(gains)
 
 
-def _standing(values: Float[Tensor, "B R"], present: Bool[Tensor, "B R"]) -> tuple[Tensor, Tensor]:
-    """(how many replies are above each, how many are equal to it, itself included)."""
+def _above_and_equal(
+    values: Float[Tensor, "B R"], present: Bool[Tensor, "B R"]
+) -> tuple[Tensor, Tensor]:
+    """Count the replies that are above each reply, and those equal to it, itself included."""
     others = present.unsqueeze(-2)
     above = (values.unsqueeze(-2) > values.unsqueeze(-1)) & others
     equal = (values.unsqueeze(-2) == values.unsqueeze(-1)) & others
@@ -67,14 +69,14 @@ def _standing(values: Float[Tensor, "B R"], present: Bool[Tensor, "B R"]) -> tup
 
 
 def _ranks(values: Float[Tensor, "B R"], present: Bool[Tensor, "B R"]) -> Float[Tensor, "B R"]:
-    """Mean ranks of ties, centred on the prompt's mean; 0 where there is no reply."""
-    above, equal = _standing(values, present)
+    """Ranks centered on the prompt's mean, ties sharing their mean rank; 0 for missing replies."""
+    above, equal = _above_and_equal(values, present)
     middle = (present.sum(-1, keepdim=True) - 1) / 2
     return (middle - above - (equal - 1) / 2).double() * present
 
 
 def _highest(values: Float[Tensor, "B R"], present: Bool[Tensor, "B R"]) -> Bool[Tensor, "B R"]:
-    return (_standing(values, present)[0] == 0) & present
+    return (_above_and_equal(values, present)[0] == 0) & present
 
 
 RANKINGS: dict[str, Ranking] = {
@@ -83,9 +85,9 @@ RANKINGS: dict[str, Ranking] = {
     "spearman": spearman,
     "ndcg": ndcg,
 }
-"""Better is higher; 1 is perfect."""
+"""Metrics by name; higher is better and 1 is perfect."""
 
 
 def rank(scores: Float[Tensor, "B R"], ratings: Float[Tensor, "B R"]) -> dict[str, float]:
-    """Each of ``RANKINGS``, the mean over the prompts whose ratings say something."""
+    """Mean of each of ``RANKINGS`` over the prompts whose ratings differ."""
     return {name: float(ranking(scores, ratings).nanmean()) for name, ranking in RANKINGS.items()}

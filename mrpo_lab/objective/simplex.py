@@ -1,4 +1,4 @@
-"""Points of the simplex."""
+"""Grid points of the probability simplex."""
 
 import itertools
 import math
@@ -6,11 +6,12 @@ from collections.abc import Iterator
 
 
 def grid(resolution: int, parts: int) -> Iterator[tuple[int, ...]]:
-    """All ways to share ``resolution`` units out over ``parts``, in lexicographic order."""
+    """Yield all ways to divide ``resolution`` units among ``parts``, in lexicographic order."""
     for bars in itertools.combinations(range(resolution + parts - 1), parts - 1):
         ends = (-1, *bars, resolution + parts - 1)
         yield tuple(b - a - 1 for a, b in itertools.pairwise(ends))
 
 
 def grid_size(resolution: int, parts: int) -> int:
+    """Number of points that ``grid`` yields."""
     return math.comb(resolution + parts - 1, parts - 1)

@@ -1,1 +1,1 @@
-"""The study's tables, figures and tests from run folders. Nothing here imports torch."""
+"""Tables, figures and statistical tests from run folders. Nothing here imports torch."""

@@ -10,22 +10,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mrpo_lab.cli import exit_on_user_error
 from mrpo_lab.errors import UserError
-from mrpo_lab.report.choices import Choice, flat
-from mrpo_lab.report.reading import Record, find_runs, read_run
-from mrpo_lab.report.study import Study, study_of
+from mrpo_lab.report.reading import RunRecord, read_run
+from mrpo_lab.report.study import Study, build_study
+from mrpo_lab.runs.reading import find_runs
+from mrpo_lab.runs.run_choice import RunChoice, flat
 
 
+@exit_on_user_error
 def main(arguments: Sequence[str]) -> int:
-    try:
-        if arguments[:1] == ["compare"]:
-            return compare(parser_of_compare().parse_args(arguments[1:]))
-        return report(parser().parse_args(arguments))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    """Write a report, or compare a few runs; returns the exit code."""
+    if arguments[:1] == ["compare"]:
+        return compare(compare_parser().parse_args(arguments[1:]))
+    return report(parser().parse_args(arguments))
 
 
 def parser() -> argparse.ArgumentParser:
@@ -43,7 +41,7 @@ def parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="only runs with this in their configuration, as loss.beta=5.0; may be repeated",
+        help="only runs whose configuration has this value, such as loss.beta=5.0; may be repeated",
     )
     made.add_argument(
         "--published",
@@ -51,7 +49,7 @@ def parser() -> argparse.ArgumentParser:
         default=[],
         type=Path,
         metavar="FILE",
-        help="results of others, a CSV table (docs/report.md), beside the runs",
+        help="add published results from a CSV table; docs/report.md describes its columns",
     )
     made.add_argument(
         "--from-wandb",
@@ -66,69 +64,79 @@ def parser() -> argparse.ArgumentParser:
         type=int,
         const=60,
         metavar="SECONDS",
-        help="write the report again and again, every 60 seconds if no number is given",
+        help="write the report again and again, by default every 60 seconds",
     )
     return made
 
 
-def parser_of_compare() -> argparse.ArgumentParser:
+def compare_parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(prog="python -m mrpo_lab.report compare")
     made.add_argument("runs", nargs="+", type=Path, help="run folders")
     return made
 
 
-def report(asked: argparse.Namespace) -> int:
-    if asked.watch is not None and asked.watch < 1:
-        raise UserError(f"--watch {asked.watch}: give at least 1 second")
-    while True:
-        began = time.monotonic()
-        study = collect(asked)
-        from mrpo_lab.report.write import write_report
-
-        page = write_report(study, asked.out, refresh=asked.watch)
-        counts = Counter(study.runs["status"]) if len(study.runs) else Counter[str]()
-        said = ", ".join(f"{number} {status}" for status, number in counts.items())
-        unreadable = f", {len(study.unreadable)} unreadable" if study.unreadable else ""
-        print(f"{page}: {said}{unreadable} ({time.monotonic() - began:.1f} s)", flush=True)
-        if asked.watch is None:
-            return 0
-        time.sleep(max(0.0, asked.watch - (time.monotonic() - began)))
-
-
-def collect(asked: argparse.Namespace) -> Study:
-    """All records that were asked for.
+def report(arguments: argparse.Namespace) -> int:
+    """Write the report, again and again with ``--watch``.
 
     Raises:
-        UserError: there are none.
+        UserError: there are no runs, or the report cannot be written.
     """
-    records: list[Record] = []
-    given: dict[str, Choice] = {}
-    folders = asked.folders
-    if not (folders or asked.published or asked.from_wandb):
+    if arguments.watch is not None and arguments.watch < 1:
+        raise UserError(f"--watch {arguments.watch}: give at least 1 second")
+    while True:
+        began = time.monotonic()
+        study = collect(arguments)
+        from mrpo_lab.report.write import write_report
+
+        page = write_report(study, arguments.out, refresh=arguments.watch)
+        counts = Counter(study.runs["status"]) if len(study.runs) else Counter[str]()
+        if study.unreadable:
+            counts["unreadable"] = len(study.unreadable)
+        statuses = ", ".join(f"{number} {status}" for status, number in counts.items())
+        print(f"{page}: {statuses} ({time.monotonic() - began:.1f} s)", flush=True)
+        if arguments.watch is None:
+            return 0
+        time.sleep(max(0.0, arguments.watch - (time.monotonic() - began)))
+
+
+def collect(arguments: argparse.Namespace) -> Study:
+    """Read all runs that the arguments name: folders, W&B projects and published tables.
+
+    Raises:
+        UserError: there are none, or something cannot be read.
+    """
+    given: dict[str, RunChoice] = {}
+    folders = arguments.folders
+    if not (folders or arguments.published or arguments.from_wandb):
         folders = [Path("outputs")]
-    records += [read_run(folder) for folder in find_runs(folders)]
-    for project in asked.from_wandb:
+    records: list[RunRecord] = [read_run(folder) for folder in find_runs(folders)]
+    for project in arguments.from_wandb:
         from mrpo_lab.report.wandb_runs import read_project
 
         records += read_project(project)
-    records = [r for r in records if all(has(r.config, condition) for condition in asked.where)]
-    for file in asked.published:
+    conditions = arguments.where
+    records = [r for r in records if all(matches(r.config, c) for c in conditions)]
+    for file in arguments.published:
         from mrpo_lab.report.published import read_published
 
         for record, choice in read_published(file):
             records.append(record)
             given[record.source] = choice
     if not records:
-        places = ", ".join(map(str, [*folders, *asked.from_wandb, *asked.published]))
-        where = f" with {' and '.join(asked.where)}" if asked.where else ""
+        places = ", ".join(map(str, [*folders, *arguments.from_wandb, *arguments.published]))
+        where = f" with {' and '.join(conditions)}" if conditions else ""
         raise UserError(
             f"{places}: no runs{where}; a run is a folder with config.yaml, as train.py writes"
         )
-    return study_of(records, given)
+    return build_study(records, given)
 
 
-def has(config: dict[str, Any], condition: str) -> bool:
-    """Raises UserError where the condition is not KEY=VALUE."""
+def matches(config: dict[str, Any], condition: str) -> bool:
+    """Whether a configuration has ``KEY=VALUE``; numbers are compared as numbers.
+
+    Raises:
+        UserError: the condition is not KEY=VALUE.
+    """
     key, equals, wanted = condition.partition("=")
     if not equals:
         raise UserError(f"--where {condition}: give KEY=VALUE, as in loss.beta=5.0")
@@ -141,14 +149,24 @@ def has(config: dict[str, Any], condition: str) -> bool:
         return found == wanted
 
 
-def compare(asked: argparse.Namespace) -> int:
-    from mrpo_lab.report.compare import compare_table
+def compare(arguments: argparse.Namespace) -> int:
+    """Print a few runs side by side.
 
-    folders = [folder for path in asked.runs for folder in find_runs([path])]
+    Raises:
+        UserError: there are no runs in these folders.
+    """
+    from mrpo_lab.console import show
+    from mrpo_lab.report.side_by_side import side_by_side
+
+    folders = [folder for path in arguments.runs for folder in find_runs([path])]
     records = [read_run(folder) for folder in dict.fromkeys(folders)]
     if not records:
-        raise UserError(f"{', '.join(map(str, asked.runs))}: no runs")
-    print(compare_table(study_of(records), records))
+        raise UserError(f"{', '.join(map(str, arguments.runs))}: no runs")
+    lines, table = side_by_side(build_study(records), records)
+    print("\n".join(lines))
+    if table is not None:
+        print()
+        show(table)
     return 0
 
 

@@ -1,15 +1,17 @@
-"""Methods against the best single reference and against uniform weights; alpha against accuracy."""
+"""Compare methods with the best single reference and with uniform weights, and correlate alpha with
+accuracy."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from mrpo_lab.report.reading import Record
+from mrpo_lab.report.methods import Method
+from mrpo_lab.report.reading import RunRecord
 from mrpo_lab.report.statistics import (
     clustered_bootstrap,
     holm,
@@ -40,27 +42,38 @@ COMPARED = [
 
 
 def comparisons(study: Study, resamples: int = 2000) -> pd.DataFrame:
-    """A row for each method and baseline of a dataset; Holm's correction is over a dataset's rows.
+    """Compare every method with its baselines, one row for each.
 
-    difference: test accuracy of the method minus the baseline's, mean over the seeds of both.
-    low, high: 95 % interval over the test pairs that could have been drawn. p_pairs: exact, the
-    trained models given. p_seeds: over seeds. detectable: with 80 % power at 0.05 over the number
-    of comparisons, from the bootstrap's standard error. wins: seeds in which it is ahead.
+    Columns, beside the methods' labels:
+        seeds, pairs: number of seeds that both have, and of test pairs of these seeds.
+        difference: test accuracy of the method minus that of the baseline, averaged over seeds.
+        low, high: 95 % interval of the difference over the test pairs that could have been drawn.
+        p_pairs: exact p-value over test pairs, for these trained models.
+        p_seeds: p-value over seeds.
+        p_pairs_holm, p_seeds_holm: corrected over all comparisons of the data set (Holm 1979).
+        detectable: smallest difference found with 80 % power at level 0.05 / number of comparisons.
+        wins: number of seeds in which the method is better.
+
+    Args:
+        resamples: number of bootstrap resamples behind ``low``, ``high`` and ``detectable``.
     """
-    tables = [_of_dataset(study, dataset, resamples) for dataset in study.datasets]
+    tables = [_compare_dataset(study, dataset, resamples) for dataset in study.datasets]
     tables = [table for table in tables if len(table)]
     if not tables:
         return pd.DataFrame(columns=COMPARED)
     return pd.concat(tables, ignore_index=True)[COMPARED]
 
 
-def _of_dataset(study: Study, dataset: str, resamples: int) -> pd.DataFrame:
+def _compare_dataset(study: Study, dataset: str, resamples: int) -> pd.DataFrame:
+    """The rows of ``comparisons`` for one data set."""
     runs = study.compared[study.compared["dataset"] == dataset]
-    by_method = {str(m): g.set_index("seed") for m, g in runs.groupby("method", sort=False)}
+    by_method: dict[Method, pd.DataFrame] = {
+        method: group.set_index("seed") for method, group in runs.groupby("key", sort=False)
+    }
     rows = []
     errors: dict[int, float] = {}
     batches: dict[tuple[int, ...], list[tuple[int, pd.DataFrame]]] = defaultdict(list)
-    for method, against, baseline in _asked(study, dataset, by_method):
+    for method, against, baseline in _possible(study, dataset, by_method):
         ours, theirs = by_method[method], by_method[baseline]
         seeds = sorted(set(ours.index) & set(theirs.index))
         if not seeds:
@@ -71,9 +84,9 @@ def _of_dataset(study: Study, dataset: str, resamples: int) -> pd.DataFrame:
         rows.append(
             {
                 "dataset": dataset,
-                "method": method,
+                "method": method.label,
                 "against": against,
-                "baseline": baseline,
+                "baseline": baseline.label,
                 "seeds": len(seeds),
                 "difference": over_seeds.mean,
                 "p_seeds": over_seeds.p,
@@ -94,28 +107,30 @@ def _of_dataset(study: Study, dataset: str, resamples: int) -> pd.DataFrame:
     return table
 
 
-def _asked(
-    study: Study, dataset: str, by_method: Mapping[str, pd.DataFrame]
-) -> list[tuple[str, str, str]]:
-    """(method, kind of baseline, baseline) of every comparison that can be made."""
-    best = study.best_single(dataset)
-    asked = []
-    for method, runs in by_method.items():
-        if runs["kind"].iloc[0] == "single":
+def _possible(
+    study: Study, dataset: str, methods: Iterable[Method]
+) -> list[tuple[Method, str, Method]]:
+    """Every comparison that can be made: method, kind of baseline, baseline."""
+    best, known = study.best_single(dataset), set(methods)
+    found = []
+    for method in methods:
+        if method.is_single:
             continue
-        uniform = f"{runs['loss'].iloc[0]} · uniform"
         if best is not None:
-            asked.append((method, "best single reference", best))
-        if uniform in by_method and uniform != method:
-            asked.append((method, "uniform weights", uniform))
-    return asked
+            found.append((method, "best single reference", best))
+        uniform = method.uniform_baseline
+        if uniform in known and uniform != method:
+            found.append((method, "uniform weights", uniform))
+    return found
 
 
 def _pair_differences(
-    records: Mapping[str, Record], ours: pd.DataFrame, theirs: pd.DataFrame
+    records: Mapping[str, RunRecord], ours: pd.DataFrame, theirs: pd.DataFrame
 ) -> pd.DataFrame | None:
-    """Correct under ours minus correct under theirs: a row a pair, a column a seed, NaN where the
-    seed does not test the pair. None where a run kept no pairs."""
+    """Correct under ``ours`` minus correct under ``theirs``, one row per pair and column per seed.
+
+    NaN where a seed does not test a pair; None if the pairs of a run are not known.
+    """
     columns = {}
     for seed in ours.index:
         tables = [records[runs.loc[seed, "source"]].pairs for runs in (ours, theirs)]
@@ -132,7 +147,11 @@ def _by_pairs(
     rng: np.random.Generator,
     resamples: int,
 ) -> dict[int, float]:
-    """Fill in what pairs say, for comparisons over the same seeds; bootstrap standard errors."""
+    """Add to ``rows`` the results over test pairs, for comparisons over the same seeds.
+
+    Returns:
+        Bootstrap standard error of the difference, by number of the row.
+    """
     tables = [table for _, table in batch]
     pairs = sorted(set().union(*(table.index for table in tables)))
     stacked = np.stack([table.reindex(pairs).to_numpy() for table in tables], axis=-1)
@@ -151,9 +170,9 @@ def _by_pairs(
     return errors
 
 
-def alphas(record: Record) -> dict[str, float]:
-    """Weight of each reference: the bandit's posterior mean at the end, else alpha's mean over
-    steps."""
+def alphas(record: RunRecord) -> dict[str, float]:
+    """Weight of each reference: alpha averaged over steps; under Thompson sampling the posterior
+    mean at the end."""
     posterior = record.series("bandit/mean")
     if posterior:
         return {slug: float(column.dropna().iloc[-1]) for slug, column in posterior.items()}
@@ -161,21 +180,21 @@ def alphas(record: Record) -> dict[str, float]:
     return {slug: float(r["mean_alpha"]) for slug, r in references.items() if "mean_alpha" in r}
 
 
-def own_accuracies(record: Record) -> dict[str, float]:
+def own_accuracies(record: RunRecord) -> dict[str, float]:
     """Test accuracy of each reference itself, on this run's test pairs."""
     references = record.result.get("references", {})
     return {s: float(r["test_accuracy"]) for s, r in references.items() if "test_accuracy" in r}
 
 
 def single_accuracies(study: Study, dataset: str, seed: int) -> dict[str, float]:
-    """Test accuracy of single-reference DPO on each reference, of one seed."""
+    """Test accuracy of single-reference DPO with each reference, for one seed."""
     runs = study.compared
     here = runs[(runs["dataset"] == dataset) & (runs["kind"] == "single") & (runs["seed"] == seed)]
     return dict(zip(here["reference"], here["test"], strict=True))
 
 
 def target_of(study: Study, run: Any, target: str) -> dict[str, float]:
-    """What a run's alphas are ranked against: ``own`` or ``single`` of ``alpha_correlations``."""
+    """Accuracies that a run's weights are correlated with; see ``alpha_correlations``."""
     if target == "own":
         return own_accuracies(study.records[str(run.source)])
     return single_accuracies(study, str(run.dataset), int(run.seed))
@@ -184,8 +203,9 @@ def target_of(study: Study, run: Any, target: str) -> dict[str, float]:
 def alpha_correlations(study: Study, target: str) -> pd.DataFrame:
     """Kendall's tau-b of each method's alpha with ``target``, averaged over seeds.
 
-    ``target``: ``own`` is the references' own test accuracy (the paper's Table 1), ``single`` that
-    of single-reference DPO on them (Table 2).
+    Args:
+        target: ``own`` for the references' own test accuracy (the paper's Table 1), ``single`` for
+            the test accuracy of single-reference DPO with them (Table 2).
     """
     rows = []
     multi = study.compared[study.compared["kind"] == "multi"]
@@ -194,12 +214,12 @@ def alpha_correlations(study: Study, target: str) -> pd.DataFrame:
         for run in runs.itertuples():
             pairs.append((alphas(study.records[str(run.source)]), target_of(study, run, target)))
         rows.append({"dataset": dataset, "method": method, **_correlation(pairs)})
-    return _adjusted(rows)
+    return _correlation_table(rows)
 
 
 def accuracy_correlations(study: Study) -> pd.DataFrame:
     """Kendall's tau-b between the references' own test accuracy and that of single-reference DPO
-    on them, averaged over seeds."""
+    with them, averaged over seeds."""
     rows = []
     for dataset in study.datasets:
         runs = study.compared[study.compared["dataset"] == dataset]
@@ -211,11 +231,11 @@ def accuracy_correlations(study: Study) -> pd.DataFrame:
             pairs.append((own, single_accuracies(study, dataset, int(str(seed)))))
         name = "references' own accuracy"
         rows.append({"dataset": dataset, "method": name, **_correlation(pairs)})
-    return _adjusted(rows)
+    return _correlation_table(rows)
 
 
 def _correlation(pairs: Sequence[tuple[dict[str, float], dict[str, float]]]) -> dict[str, object]:
-    """Over the references that both sides have, at least three, and the seeds where there are."""
+    """Test the correlation over seeds in which at least three references have both numbers."""
     shared = [(x, y, [slug for slug in x if slug in y]) for x, y in pairs]
     usable = [
         ([x[s] for s in slugs], [y[s] for s in slugs]) for x, y, slugs in shared if len(slugs) > 2
@@ -243,8 +263,8 @@ def _why_undefined(pairs: Sequence[object], usable: Sequence[object]) -> str:
     return "all weights or all accuracies are equal"
 
 
-def _adjusted(rows: Sequence[dict[str, object]]) -> pd.DataFrame:
-    """Holm's correction of the two-sided p over a dataset's rows."""
+def _correlation_table(rows: Sequence[dict[str, object]]) -> pd.DataFrame:
+    """A table of correlations, with two-sided p-values corrected over each data set (Holm 1979)."""
     table = pd.DataFrame(
         rows,
         columns=[

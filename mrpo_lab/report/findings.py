@@ -1,4 +1,4 @@
-"""The tables in plain sentences: what the runs show, and what they could not have shown."""
+"""Findings in sentences: what the runs show, and what they could not have shown."""
 
 from __future__ import annotations
 
@@ -10,23 +10,27 @@ import pandas as pd
 from mrpo_lab.report.study import Study
 
 ALIKE = 0.05
-"""Coefficient of variation of pairs' weights below which references hardly act."""
+"""References hardly act if the coefficient of variation of pair weights is below this."""
 LEVEL = 0.05
 
 
 def findings(study: Study, tables: Mapping[str, pd.DataFrame]) -> dict[str, list[str]]:
-    """Sentences by dataset. ``tables``: by key; those without rows are not there."""
+    """Sentences for each data set.
 
-    def of(key: str, dataset: str) -> pd.DataFrame:
+    Args:
+        tables: frames of the tables by key; a table without rows is missing.
+    """
+
+    def rows(key: str, dataset: str) -> pd.DataFrame:
         table = tables.get(key, pd.DataFrame(columns=["dataset"]))
         return table[table["dataset"] == dataset]
 
     return {
         dataset: [
             *_accuracy(study, dataset),
-            *_comparisons(of("comparisons", dataset)),
-            *_correlations(of("table-1", dataset)),
-            *_mechanism(of("pair-weights", dataset)),
+            *_comparisons(rows("comparisons", dataset)),
+            *_correlations(rows("table-1", dataset)),
+            *_mechanism(rows("pair-weights", dataset)),
             *_left_out(study, dataset),
         ]
         for dataset in study.datasets
@@ -54,13 +58,16 @@ def _accuracy(study: Study, dataset: str) -> list[str]:
 
 def _comparisons(table: pd.DataFrame) -> list[str]:
     if table.empty:
-        return ["Nothing to compare yet: that takes a method and single-reference or uniform runs."]
+        return [
+            "Nothing can be compared yet: a comparison needs runs of a method, and runs with a "
+            "single reference or with uniform weights."
+        ]
     sentences = []
     for against, rows in table.groupby("against", sort=False):
         tested = rows[rows["p_pairs_holm"].notna()]
         if tested.empty:
             sentences.append(
-                f"Against {against}: no test pairs were kept, only seeds are compared."
+                f"Against {against}: the test pairs are not known, so that only seeds are compared."
             )
             continue
         clear = tested[tested["p_pairs_holm"] < LEVEL]
@@ -69,9 +76,9 @@ def _comparisons(table: pd.DataFrame) -> list[str]:
         name = (
             f"the {against} ({rows['baseline'].iloc[0]})" if "single" in str(against) else against
         )
-        said = [f"better: {', '.join(better)}"] if better else []
-        said += [f"worse: {', '.join(worse)}"] if worse else []
-        outcome = "; ".join(said) or "none was shown to differ"
+        clauses = [f"better: {', '.join(better)}"] if better else []
+        clauses += [f"worse: {', '.join(worse)}"] if worse else []
+        outcome = "; ".join(clauses) or "none was shown to differ"
         low, high = 100 * tested["detectable"].min(), 100 * tested["detectable"].max()
         sentences.append(
             f"Against {name}, {len(tested)} methods, on these test pairs: {outcome}. These seeds "
@@ -81,12 +88,12 @@ def _comparisons(table: pd.DataFrame) -> list[str]:
     seeds = int(table["seeds"].max())
     if over_seeds.empty:
         sentences.append(
-            f"Over seeds ({seeds} at most) no difference is clear: that another training run "
-            "would repeat them is not shown."
+            f"Over seeds ({seeds} at most) no difference is significant: these runs do not show "
+            "that other training runs would repeat them."
         )
     else:
         pairs = ", ".join(f"{r.method} against {r.against}" for r in over_seeds.itertuples())
-        sentences.append(f"Over seeds ({seeds} at most) a difference is clear for {pairs}.")
+        sentences.append(f"Over seeds ({seeds} at most) a difference is significant for {pairs}.")
     return sentences
 
 
@@ -97,13 +104,13 @@ def _correlations(table: pd.DataFrame) -> list[str]:
     clear = defined[defined["p_one_matching"] < LEVEL]
     if clear.empty:
         return [
-            f"For none of {len(defined)} methods do weights follow the references' own accuracy "
-            "clearly (p of one matching below 0.05, not corrected)."
+            f"For none of {len(defined)} methods do the weights correlate significantly with the "
+            "references' own accuracy (p of one matching below 0.05, not corrected)."
         ]
-    said = ", ".join(f"{r.method} (τ {r.tau:+.2f})" for r in clear.itertuples())
+    named = ", ".join(f"{r.method} (τ {r.tau:+.2f})" for r in clear.itertuples())
     return [
-        f"Weights go with the references' own accuracy (p of one matching below 0.05, not "
-        f"corrected) in {len(clear)} of {len(defined)} methods: {said}."
+        f"The weights correlate with the references' own accuracy (p of one matching below 0.05, "
+        f"not corrected) in {len(clear)} of {len(defined)} methods: {named}."
     ]
 
 
@@ -114,15 +121,18 @@ def _mechanism(table: pd.DataFrame) -> list[str]:
     alike = known[known["cv"] < ALIKE]
     if len(alike) == len(known):
         return [
-            f"References hardly acted: in every method pairs' weights vary by less than "
+            f"References hardly acted: in every method the weights of pairs vary by less than "
             f"{100 * ALIKE:.0f} % of their mean (largest coefficient of variation "
             f"{known['cv'].max():.3f})."
         ]
     if len(alike):
-        return [f"References hardly acted in {', '.join(alike['method'])}: weights vary by < 5 %."]
+        return [
+            f"References hardly acted in {', '.join(alike['method'])}: the weights of pairs vary "
+            f"by less than {100 * ALIKE:.0f} % of their mean."
+        ]
     low, high = known["cv"].min(), known["cv"].max()
     return [
-        "References acted in every method: the coefficient of variation of pairs' weights within a "
+        "References acted in every method: the coefficient of variation of the pair weights in a "
         f"batch is {low:.2f} to {high:.2f}."
     ]
 
@@ -134,8 +144,8 @@ def _left_out(study: Study, dataset: str) -> list[str]:
     sentences = []
     if len(out):
         counted = out["status"].replace({"finished": "superseded"}).value_counts()
-        said = ", ".join(f"{number} {status}" for status, number in counted.items())
-        sentences.append(f"Left out: {said} (see Provenance).")
+        statuses = ", ".join(f"{number} {status}" for status, number in counted.items())
+        sentences.append(f"Left out: {statuses} (see Provenance).")
     if len(other):
         keys = sorted({key for differs in other["differs"] for key in differs})
         sentences.append(
@@ -149,8 +159,9 @@ def _left_out(study: Study, dataset: str) -> list[str]:
     return sentences
 
 
-def progress(study: Study) -> list[dict[str, object]]:
-    """Runs under way and how far they are, as far as finished ones of the dataset tell."""
+def running(study: Study) -> list[dict[str, object]]:
+    """Running runs: the step they are at, and the last step of finished runs on the data set (0 if
+    there are none)."""
     rows = []
     for dataset, runs in study.runs.groupby("dataset") if len(study.runs) else ():
         total = runs.loc[runs["status"] == "finished", "steps"].max()

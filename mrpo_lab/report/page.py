@@ -1,7 +1,8 @@
-"""One self-contained page: figures, tables, findings and runs, with the library that draws them.
+"""Render the report as one HTML page that contains its data and the library that draws it.
 
-All text comes from runs and is not trusted: Jinja escapes what it writes into HTML, and data is
-JSON whose ``<`` are escaped, in elements that the browser does not run. The page may load nothing.
+Text from runs is not trusted: Jinja escapes what it writes into HTML, and data is JSON with ``<``
+escaped, in elements that the browser does not run. The page's security policy forbids it to load
+anything.
 """
 
 from __future__ import annotations
@@ -21,17 +22,17 @@ from markupsafe import Markup
 
 from mrpo_lab.report.figures.base import Figure, config
 from mrpo_lab.report.study import Study
-from mrpo_lab.report.tables import Table
+from mrpo_lab.report.tables import ReportTable
 
 VEGA_LITE = "6.4"
-"""The version that the figures are written for."""
+"""Version of Vega-Lite that the figures are written for."""
 SECTIONS = {
     "accuracy": "Accuracy by method",
     "comparisons": "Comparisons",
     "steps": "Accuracy over steps",
     "alpha": "Weights of the references",
-    "bandit": "Bandit and batch accuracy",
-    "correlations": "Do weights follow accuracy?",
+    "bandit": "Thompson sampling and batch accuracy",
+    "correlations": "Correlation of weights and accuracy",
     "mechanism": "Mechanism",
     "trade_off": "Trade-off between aspects",
     "references": "References",
@@ -40,30 +41,30 @@ SECTIONS = {
 NOTES = {
     "comparisons": "Each method is compared with the single reference whose DPO runs have the "
     "highest mean accuracy on validation (chosen by test accuracy, the best of several would look "
-    "better than it is), and with uniform weights under the same loss. Two kinds of chance are "
-    "kept apart. Pairs: would other test pairs from the same source say the same of these trained "
-    "models? The seeds' test sets come from one pool and overlap, so a pair that several seeds "
-    "test counts as one observation: the bootstrap draws it with all its seeds, and the exact test "
-    "flips all its differences together. Seeds: would other training runs say the same? Seeds "
-    "share training and test pairs, so the t-test's variance is that of Nadeau and Bengio (2003), "
-    "s² (1/S + test/train). With few seeds it can show little; a result that is clear over pairs "
-    "and not over seeds is one about these trained models.",
-    "correlations": "A reference is one model, the same in every seed. The p-values that the paper "
-    "gives (one-sided, two-sided) take seeds for independent trials of which reference is which; "
-    "where weights and accuracies hardly change with the seed, they are too small. The last column "
-    "permutes the references once for all seeds: exact for any dependence between seeds, and the "
-    "one to believe when they differ. No p of Tables 1 and 2 says that weights cause accuracy.",
-    "trade_off": "Volume: of what lies below and left of a policy's points, from 0 on all aspects; "
-    "at most 1, larger where some lambda gives much of all. The base model's implicit reward "
-    "against itself is 0 for every reply, which ranks as chance does.",
-    "mechanism": "For every one of these losses a pair's gradient is a scalar times the gradient "
-    "of the policy's own margin. All that references can do is change this scalar.",
+    "better than it is), and with uniform weights under the same loss. Two sources of chance are "
+    "kept apart. Pairs: would other test pairs from the same source show the same for these "
+    "trained models? The test sets of all seeds come from one pool and overlap, so a pair that "
+    "several seeds test is one observation: the bootstrap draws it with all its seeds, and the "
+    "exact test flips the signs of all its differences together. Seeds: would other training runs "
+    "show the same? Seeds share training and test pairs, so the variance of the t-test is "
+    "s² (1/S + test/train) (Nadeau and Bengio 2003). With few seeds it has little power; a "
+    "difference that is significant over pairs but not over seeds holds for these trained models.",
+    "correlations": "A reference is the same model in every seed. The p-values that the paper "
+    "gives (one-sided, two-sided) take seeds as independent; if weights and accuracies hardly "
+    "change with the seed, they are too small. The column p (one matching) permutes the references "
+    "alike in all seeds: it is exact for any dependence between seeds, and the one to trust if the "
+    "p-values differ. None of them says that weights cause accuracy.",
+    "trade_off": "Hypervolume: the volume between 0 and a policy's points, at most 1; it is large "
+    "if some lambda does well on all aspects. The implicit reward of the base model is 0 for every "
+    "reply, so that it ranks replies at random.",
+    "mechanism": "Under each of these losses the gradient of a pair is a scalar times the gradient "
+    "of the policy's own margin. References can only change this scalar.",
 }
 
 
 @lru_cache(maxsize=1)
 def vega() -> str:
-    """Vega, Vega-Lite and Vega-Embed as one script."""
+    """Vega, Vega-Lite and Vega-Embed in one script."""
     script = str(vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;", VEGA_LITE))
     return script.replace("</script", "<\\/script")
 
@@ -71,14 +72,20 @@ def vega() -> str:
 def render(
     study: Study,
     figures: Sequence[Figure],
-    tables: Sequence[Table],
+    tables: Sequence[ReportTable],
     findings: Mapping[str, Sequence[str]],
     progress: Sequence[Mapping[str, object]],
     runs: Mapping[str, Any],
     refresh: int | None = None,
 ) -> str:
-    """The page. ``runs``: what is shown of a run when it is clicked, by its id in the figures.
-    ``refresh``: seconds after which the page loads itself again."""
+    """Render the page as HTML.
+
+    Args:
+        findings: sentences by data set.
+        progress: runs that are still running; see ``findings.running``.
+        runs: what is shown about a run when it is clicked, by its id in the figures.
+        refresh: seconds after which the page loads itself again; None if it does not.
+    """
     folder = files("mrpo_lab.report") / "template"
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     template = environment.from_string((folder / "page.html").read_text())
@@ -123,7 +130,7 @@ def render(
 
 
 def filters(study: Study) -> dict[str, list[str]]:
-    """Values that the reader can choose from."""
+    """Values that the reader can filter by; a filter with a single value is left out."""
     if not len(study.runs):
         return {}
     runs = study.runs[study.runs["role"].isin(["compared", "other setting"])]
@@ -137,7 +144,7 @@ def filters(study: Study) -> dict[str, list[str]]:
 
 
 def methods(study: Study) -> dict[str, dict[str, str]]:
-    """Loss and weighting of every method, by which rows of tables are filtered."""
+    """Loss and weighting of every method, by which the rows of tables are filtered."""
     if not len(study.runs):
         return {}
     first = study.runs.drop_duplicates("method")
@@ -147,7 +154,7 @@ def methods(study: Study) -> dict[str, dict[str, str]]:
 
 
 def columns(frame: pd.DataFrame) -> dict[str, Any]:
-    """A table by column; text as codes into its distinct values, since it repeats."""
+    """A data frame by column; text, which repeats, as codes into its distinct values."""
     packed: dict[str, Any] = {}
     for name in frame:
         column = frame[name]
@@ -160,7 +167,7 @@ def columns(frame: pd.DataFrame) -> dict[str, Any]:
 
 
 def safe_json(content: Any) -> str:
-    """JSON that can stand in a script element; what is not finite becomes null."""
+    """JSON that is safe inside a script element; numbers that are not finite become null."""
     text = json.dumps(_finite(content), separators=(",", ":"), allow_nan=False)
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 

@@ -1,4 +1,4 @@
-"""Where the numbers come from: runs used and left out, commits, versions, hardware, cost."""
+"""Where the numbers come from: runs that are used or left out, code, hardware and cost."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from typing import Any
 
 import pandas as pd
 
-from mrpo_lab.report.mechanism import hours
-from mrpo_lab.report.reading import Record
+from mrpo_lab.report.measures import hours
+from mrpo_lab.report.reading import RunRecord
 from mrpo_lab.report.study import Study
-from mrpo_lab.report.tables import ABOUT, Table, text, three, whole
+from mrpo_lab.report.tables import ABOUT, ReportTable, format_3f, format_int, format_text
 
 
-def tables(study: Study) -> list[Table]:
+def tables(study: Study) -> list[ReportTable]:
     return [_runs(study), _cost(study), _origins(study), _settings(study)]
 
 
-def _runs(study: Study) -> Table:
-    used = {"compared": "compared", "other setting": "against β, K or pairs only"}
+def _runs(study: Study) -> ReportTable:
+    used = {"compared": "compared", "other setting": "only in figures against β, K or pairs"}
     rows = []
     for run in study.runs.itertuples():
         spent, gpus = hours(study.records[str(run.source)])
@@ -49,26 +49,26 @@ def _runs(study: Study) -> Table:
     ]
     columns = ["run", "dataset", "method", "seed", "status", "used", "reason", "steps"]
     frame = pd.DataFrame(rows, columns=[*columns, "hours", "gpus", "source"])
-    return Table(
+    return ReportTable(
         "runs",
         "provenance",
         "Runs",
-        "Every run folder that was found, what it was used for, and why not for more.",
+        "Every run that was found, what it is used for, and the reason if it is not compared.",
         frame,
         {
             **ABOUT,
-            "seed": ("seed", whole),
-            "status": ("status", text),
-            "used": ("used", text),
-            "reason": ("because", text),
-            "steps": ("steps", whole),
-            "hours": ("hours", three),
-            "run": ("run", text),
+            "seed": ("seed", format_int),
+            "status": ("status", format_text),
+            "used": ("used", format_text),
+            "reason": ("because", format_text),
+            "steps": ("steps", format_int),
+            "hours": ("hours", format_3f),
+            "run": ("run", format_text),
         },
     )
 
 
-def _cost(study: Study) -> Table:
+def _cost(study: Study) -> ReportTable:
     rows: dict[tuple[str, str], dict[str, Any]] = {}
     for run in study.runs.itertuples():
         spent, gpus = hours(study.records[str(run.source)])
@@ -93,7 +93,7 @@ def _cost(study: Study) -> Table:
         "status": "",
         **frame[["runs", "hours", "gpu_hours"]].sum().to_dict(),
     }
-    return Table(
+    return ReportTable(
         "cost",
         "provenance",
         "Cost",
@@ -101,17 +101,17 @@ def _cost(study: Study) -> Table:
         "GPU-hours are hours times the run's GPUs; runs on the CPU have none.",
         pd.concat([frame, pd.DataFrame([total])], ignore_index=True) if len(frame) else frame,
         {
-            "dataset": ("dataset", text),
-            "status": ("status", text),
-            "runs": ("runs", whole),
-            "hours": ("hours", three),
-            "gpu_hours": ("GPU-hours", three),
+            "dataset": ("dataset", format_text),
+            "status": ("status", format_text),
+            "runs": ("runs", format_int),
+            "hours": ("hours", format_3f),
+            "gpu_hours": ("GPU-hours", format_3f),
         },
     )
 
 
-def _origins(study: Study) -> Table:
-    """Each combination of code, libraries and machine that runs started with, and how often."""
+def _origins(study: Study) -> ReportTable:
+    """Each combination of code, libraries and machine, with the number of starts that had it."""
     counted = Counter(
         tuple(_origin(session).items())
         for record in study.records.values()
@@ -119,14 +119,14 @@ def _origins(study: Study) -> Table:
     )
     rows = [{**dict(origin), "starts": number} for origin, number in counted.most_common()]
     names = ("commit", "versions", "hardware", "host")
-    return Table(
+    return ReportTable(
         "origins",
         "provenance",
         "Code, versions and hardware",
-        "Each combination that runs were started with, and how many starts it had. A commit with "
-        "a + had changes that were not committed.",
+        "Each combination that runs were started with, and the number of starts. A + after a "
+        "commit: there were changes that were not committed.",
         pd.DataFrame(rows, columns=[*names, "starts"]),
-        {**{name: (name, text) for name in names}, "starts": ("starts", whole)},
+        {**{name: (name, format_text) for name in names}, "starts": ("starts", format_int)},
     )
 
 
@@ -144,22 +144,22 @@ def _origin(session: dict[str, Any]) -> dict[str, str]:
     }
 
 
-def _settings(study: Study) -> Table:
-    """What all compared runs of a dataset share."""
+def _settings(study: Study) -> ReportTable:
+    """Settings that all compared runs of a data set share."""
     keys = sorted({key for main in study.main.values() for key in main if "_target_" not in key})
     rows = [{"key": key, **{d: study.main[d].get(key, "") for d in study.datasets}} for key in keys]
-    return Table(
+    return ReportTable(
         "settings",
         "provenance",
         "Settings of the compared runs",
-        "What the compared runs of a dataset share: the setting that most of its runs have.",
+        "The compared runs of a data set share these settings; most of its runs have them.",
         pd.DataFrame(rows, columns=["key", *study.datasets]),
-        {"key": ("key", text), **{d: (d, text) for d in study.datasets}},
+        {"key": ("key", format_text), **{d: (d, format_text) for d in study.datasets}},
     )
 
 
-def described(record: Record, run: Any) -> dict[str, Any]:
-    """What the page shows of one run when its point is clicked."""
+def described(record: RunRecord, run: Any) -> dict[str, Any]:
+    """What the page shows about a run when its point is clicked."""
     spent, gpus = hours(record)
     session = record.sessions[-1] if record.sessions else {}
     result = record.result

@@ -1,4 +1,4 @@
-"""Results that others published, read from a plain table, so that the same statistics apply."""
+"""Read published results from a table, so that the same statistics can be computed for them."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from typing import Any
 import pandas as pd
 
 from mrpo_lab.errors import UserError
-from mrpo_lab.report.choices import LOSSES, Choice
-from mrpo_lab.report.reading import Record
+from mrpo_lab.report.methods import LOSSES
+from mrpo_lab.report.reading import RunRecord
+from mrpo_lab.runs.run_choice import RunChoice
 
 REQUIRED = ("method", "dataset", "seed", "final_test_acc")
 WEIGHT = re.compile(r"(?:alpha|posterior(?:_mean)?)[_/: ](.+)", re.I)
@@ -20,13 +21,14 @@ OWN = re.compile(r"(?:reference_accuracy|accuracy)[_/: ](.+)", re.I)
 SINGLE = {"dpo", "single", "ln-dpo"}
 
 
-def read_published(path: Path) -> list[tuple[Record, Choice]]:
-    """A record and a choice for each row.
+def read_published(path: Path) -> list[tuple[RunRecord, RunChoice]]:
+    """Read a record and its choices from each row of a table.
 
-    ``base`` is the loss that a weighting was used with (mdpo, mrpo, ...), or, where ``method`` is
-    dpo, the reference. ``alpha_X`` or ``posterior_X``: weight of reference X, the mean over steps
-    or at the end; ``accuracy_X``: the test accuracy of X itself; ``val_acc``, ``base_test_acc``.
-    Accuracies are shares, or per cent where one is above 1.
+    Columns: those in ``REQUIRED``; ``base``, the loss that a weighting was used with (mdpo, mrpo,
+    ...) or, if ``method`` is dpo, the reference; ``alpha_X`` or ``posterior_X``, the weight of
+    reference X (averaged over steps, or at the end); ``accuracy_X``, the test accuracy of X itself;
+    ``val_acc``; ``base_test_acc``. Accuracies lie between 0 and 1, or are percentages if a test
+    accuracy is above 1.
 
     Raises:
         UserError: the file cannot be read, or a column or a number is missing.
@@ -56,7 +58,7 @@ def read_published(path: Path) -> list[tuple[Record, Choice]]:
             },
         }
         ended = math.isfinite(accuracy)
-        record = Record(
+        record = RunRecord(
             f"published/{row['dataset']}/{row['method']}/{row['seed']}",
             where,
             "finished" if ended else "failed",
@@ -91,14 +93,14 @@ def _reference(
     return found
 
 
-def _choice(row: dict[str, Any], references: tuple[str, ...], where: str) -> Choice:
+def _choice(row: dict[str, Any], references: tuple[str, ...], where: str) -> RunChoice:
     method, base = str(row["method"]).strip().lower(), str(row.get("base", "")).strip()
     seed = re.search(r"\d+", str(row["seed"]))
     if seed is None:
         raise UserError(f"{where}: seed {row['seed']!r} is not a number")
     single = method in SINGLE
     loss = base.lower() if base.lower() in LOSSES else "published"
-    return Choice(
+    return RunChoice(
         dataset=f"{row['dataset']} (published)",
         loss="dpo" if single else loss,
         weighting="single" if single else method,

@@ -1,4 +1,4 @@
-"""Statistics of the study as pure functions of arrays; each says its source.
+"""Statistics of the study as pure functions of arrays, each with its source.
 
 Three kinds of chance are kept apart. Which *pairs* were drawn for testing: ``clustered_bootstrap``
 and ``sign_flip_p``. Which *seeds* were trained: ``resampled_t``. Which *reference* is which:
@@ -20,25 +20,26 @@ from scipy import stats
 from statsmodels.stats.multitest import multipletests
 
 TOLERANCE = 1e-9
-"""Two values of a statistic are the same within this: sums of fractions are rounded."""
+"""Values of a statistic that differ by less are equal: sums of fractions are rounded."""
 MOST = 8
-"""References whose relabellings are gone through one by one: 40,320."""
+"""Most references whose permutations are enumerated, 8! = 40,320."""
 
 
 @dataclass(frozen=True)
 class TauTest:
-    """Kendall's tau-b averaged over seeds, and how often chance alone gives so much."""
+    """Kendall's tau-b averaged over seeds, with its p-values."""
 
     mean: float
     taus: tuple[float, ...]
-    """Of the seeds where it is defined."""
+    """One for each seed in which tau is defined."""
     p_greater: float
     """P(T >= mean): one-sided, ties of the statistic included."""
     p_two_sided: float
     """P(|T| >= |mean|)."""
     p_one_matching: float
-    """The same where one matching of references holds in all seeds; NaN beyond ``MOST`` references
-    or where seeds have different numbers of them."""
+    """Two-sided, from permutations of the references that are the same in all seeds.
+
+    NaN if there are more than ``MOST`` references, or if seeds have different numbers of them."""
 
 
 def mean_tau_test(pairs: Sequence[tuple[Sequence[float], Sequence[float]]]) -> TauTest:
@@ -76,7 +77,7 @@ def mean_tau_test(pairs: Sequence[tuple[Sequence[float], Sequence[float]]]) -> T
 
 
 def _groups(values: Sequence[float]) -> tuple[int, ...]:
-    """How many share each value, by rising value."""
+    """Number of elements with each distinct value, by rising value."""
     return tuple(np.unique(values, return_counts=True)[1].tolist())
 
 
@@ -106,12 +107,12 @@ def kendall_null(groups: tuple[int, ...], values: tuple[int, ...]) -> np.ndarray
 
 
 def _one_matching(pairs: Sequence[tuple[Sequence[float], Sequence[float]]]) -> float:
-    """Two-sided p of the mean tau-b over all K! relabellings of the references, the same in every
-    seed.
+    """Two-sided p of the mean tau-b over all K! permutations of the references, applied to all
+    seeds alike.
 
-    A reference is the same model in every seed, so its accuracies, and most weights, are nearly
-    the same too: seeds are then no independent trials of the matching, and the p of
-    ``mean_tau_test`` is too small. This one makes no use of their number.
+    A reference is the same model in every seed, so its accuracies and most of its weights hardly
+    change between seeds. Seeds are then not independent, and the p-value of ``mean_tau_test`` is
+    too small. This one is valid for any dependence between seeds.
     """
     size = len(pairs[0][0])
     if size > MOST or any(len(x) != size for x, _ in pairs):
@@ -127,7 +128,7 @@ def _one_matching(pairs: Sequence[tuple[Sequence[float], Sequence[float]]]) -> f
 
 
 def _take(free: tuple[int, ...], size: int) -> Iterator[tuple[int, ...]]:
-    """All ways to take ``size`` of what is free, as counts of each kind."""
+    """All ways to take ``size`` elements of those that are free, as counts of each value."""
     if not free:
         if size == 0:
             yield ()
@@ -146,17 +147,16 @@ def _concordance(lower: Sequence[int], upper: Sequence[int]) -> int:
 
 
 def _tau_scale(x: Sequence[float], y: Sequence[float]) -> float:
-    """What S is divided by to give tau-b; 0 where all of x or all of y are equal."""
+    """The denominator of tau-b = S / scale; 0 if all of x or all of y are equal."""
     pairs = math.comb(len(x), 2)
     tied = [sum(math.comb(n, 2) for n in _groups(v)) for v in (x, y)]
     return math.sqrt((pairs - tied[0]) * (pairs - tied[1]))
 
 
 def _tail(parts: Sequence[tuple[np.ndarray, np.ndarray]], least: float) -> float:
-    """P(sum of independent discrete variables >= least); each (rising values, probabilities).
+    """P(sum of independent discrete variables >= least); each is (rising values, probabilities).
 
-    The sum of the first half is tabulated, and that of the other, and the two are met in the
-    middle.
+    The sums over two halves of the variables are tabulated and then combined.
     """
     halves = [_sum(parts[0::2]), _sum(parts[1::2])]
     (values, chances), (others, other_chances) = halves
@@ -166,7 +166,7 @@ def _tail(parts: Sequence[tuple[np.ndarray, np.ndarray]], least: float) -> float
 
 
 def _sum(parts: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
-    """Rising values of a sum of independent discrete variables, and their probabilities."""
+    """Distribution of a sum of independent discrete variables: rising values, probabilities."""
     values: np.ndarray = np.zeros(1)
     chances: np.ndarray = np.ones(1)
     for more, more_chances in parts:
@@ -178,11 +178,14 @@ def _sum(parts: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np
 
 
 def sign_flip_p(differences: np.ndarray) -> float:
-    """Exact two-sided p of sum(differences) = 0 where each sign is a fair coin.
+    """Exact two-sided p-value of sum(differences) = 0 if each sign is equally likely to be + or -.
 
-    ``differences``: (N,) integers, a pair's correct answers under one method minus those under the
-    other, summed over the seeds that test it. With one seed this is McNemar's exact test (Edwards
-    1948); otherwise its generalisation to pairs that several seeds share.
+    With one seed this is McNemar's exact test (Edwards 1948), otherwise its generalization to pairs
+    that several seeds test.
+
+    Args:
+        differences: integers (N,): for each pair, the number of seeds in which one method ranks it
+            correctly minus that of the other method.
     """
     sizes = np.abs(np.asarray(differences, dtype=np.int64))
     observed = int(abs(np.sum(differences)))
@@ -199,11 +202,15 @@ def sign_flip_p(differences: np.ndarray) -> float:
 def clustered_bootstrap(
     differences: np.ndarray, rng: np.random.Generator, resamples: int = 2000
 ) -> np.ndarray:
-    """(resamples, M) mean differences of M comparisons: pairs are drawn with replacement, each with
-    all the seeds that test it (cluster bootstrap; Davison and Hinkley 1997, section 3.8).
+    """Resample the mean differences (resamples, M) of M comparisons.
 
-    ``differences``: (N, S, M), pairs x seeds x comparisons, NaN where a seed does not test a pair.
-    The estimate is the mean over seeds of each seed's mean over its pairs.
+    Pairs are drawn with replacement, each with all seeds that test it (cluster bootstrap; Davison
+    and Hinkley 1997, section 3.8). The estimate is the mean over seeds of each seed's mean over its
+    pairs.
+
+    Args:
+        differences: (N, S, M) for N pairs, S seeds and M comparisons, NaN where a seed does not
+            test a pair.
     """
     pairs, seeds, comparisons = differences.shape
     tested = np.isfinite(differences[:, :, 0]).astype(np.float32)
@@ -219,7 +226,10 @@ def clustered_bootstrap(
 
 @dataclass(frozen=True)
 class SeedTest:
-    """Mean difference over seeds, its standard error, and a t-test's p; NaN below two seeds."""
+    """Mean difference over seeds, its standard error, and the p-value of a t-test.
+
+    The last two are NaN with fewer than two seeds.
+    """
 
     mean: float
     standard_error: float
@@ -227,31 +237,37 @@ class SeedTest:
 
 
 def resampled_t(differences: Sequence[float], test_share: float) -> SeedTest:
-    """Corrected resampled t-test (Nadeau and Bengio 2003, eq. 10): two-sided.
+    """Corrected resampled t-test, two-sided (Nadeau and Bengio 2003, eq. 10).
 
-    Splits drawn again from one pool overlap, in training and test pairs alike, so that seeds'
-    differences are correlated and s^2/S is too small. ``test_share``, test over training pairs, is
-    added to 1/S.
+    All seeds draw their training and test pairs from one pool, so that they overlap. Differences of
+    seeds are then correlated and the variance s^2 / S is too small; s^2 (1 / S + test_share) is
+    used instead.
+
+    Args:
+        differences: one for each of S seeds.
+        test_share: number of test pairs over number of training pairs.
     """
     values = np.asarray(differences, dtype=float)
     mean, seeds = float(values.mean()), len(values)
     if seeds < 2:
         return SeedTest(mean, math.nan, math.nan)
     error = math.sqrt(float(values.var(ddof=1)) * (1 / seeds + test_share))
-    if error <= TOLERANCE:  # all seeds alike: their spread says nothing
+    if error <= TOLERANCE:  # all seeds are alike, so there is no spread to test against
         return SeedTest(mean, error, math.nan)
     return SeedTest(mean, error, float(2 * stats.t.sf(abs(mean / error), seeds - 1)))
 
 
 def smallest_detectable(standard_error: float, tests: int = 1, level: float = 0.05) -> float:
-    """The difference found with 80 % power at two-sided ``level`` / ``tests``, if its estimate is
-    normal: (z_(1 - level/2m) + z_0.8) standard errors (Bloom 1995)."""
+    """Smallest difference that a test finds with 80 % power at two-sided ``level`` / ``tests``.
+
+    (z_{1 - level / (2 tests)} + z_0.8) standard errors, for a normal estimate (Bloom 1995).
+    """
     z = stats.norm.ppf(1 - level / (2 * tests)) + stats.norm.ppf(0.8)
     return float(z * standard_error)
 
 
 def holm(ps: Sequence[float]) -> np.ndarray:
-    """p-values adjusted for their number (Holm 1979); NaN stays NaN and is not counted."""
+    """Adjust p-values for their number (Holm 1979); NaN stays NaN and is not counted."""
     values = np.asarray(ps, dtype=float)
     known = np.isfinite(values)
     adjusted = np.full(len(values), np.nan)
@@ -261,7 +277,7 @@ def holm(ps: Sequence[float]) -> np.ndarray:
 
 
 def standard_error(values: Sequence[float]) -> float:
-    """s / sqrt(n) of the values that are there; NaN below two."""
+    """s / sqrt(n) over the values that are finite; NaN if there are fewer than two."""
     known = np.asarray(values, dtype=float)
     known = known[np.isfinite(known)]
     return float(known.std(ddof=1) / math.sqrt(len(known))) if len(known) > 1 else math.nan

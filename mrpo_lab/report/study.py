@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from mrpo_lab.report.choices import Choice, choice_of, order
-from mrpo_lab.report.reading import Record
+from mrpo_lab.report.methods import Method, paper_order
+from mrpo_lab.report.reading import RunRecord
 from mrpo_lab.report.statistics import standard_error
+from mrpo_lab.runs.run_choice import RunChoice, run_choice
 
 REFERENCES = "references"
 """Key of a setting for the references in use."""
@@ -20,17 +21,19 @@ REFERENCES = "references"
 
 @dataclass(frozen=True)
 class Study:
-    """Runs as a table, and their records."""
+    """All runs of a report: as records, and as a table."""
 
-    records: dict[str, Record]
+    records: dict[str, RunRecord]
     """By source."""
     runs: pd.DataFrame
-    """A row a run that could be read, see ``COLUMNS``; index: source."""
-    unreadable: list[Record]
+    """One row per run that could be read, indexed by source; ``_row`` lists the columns.
+
+    ``key`` is the ``Method``, by which methods are found; ``method`` is its label."""
+    unreadable: list[RunRecord]
     main: dict[str, dict[str, str]]
-    """Setting of each dataset that most of its runs share: the one that methods are compared in."""
-    methods: list[str]
-    """In the order of figures."""
+    """For each data set, the setting that most of its runs share: methods are compared in it."""
+    ordered_methods: list[Method]
+    """In the order of figures and tables."""
     missing: pd.DataFrame
     """dataset, method, seed, why: cells of the main setting without a finished run."""
 
@@ -39,12 +42,17 @@ class Study:
         return list(self.main)
 
     @property
+    def methods(self) -> list[str]:
+        """Labels of the methods, in the order of figures and tables."""
+        return [method.label for method in self.ordered_methods]
+
+    @property
     def compared(self) -> pd.DataFrame:
-        """Finished runs of the main settings, one for each cell and seed."""
+        """Finished runs in the main settings, one for each cell and seed."""
         return self.runs[self.runs["role"] == "compared"]
 
     def cells(self) -> pd.DataFrame:
-        """dataset, method, ...: number of seeds, mean and standard error of accuracies."""
+        """One row per data set and method: mean accuracies over seeds, with a standard error."""
         rows = []
         for (dataset, method), cell in self.compared.groupby(["dataset", "method"], sort=False):
             rows.append(
@@ -63,56 +71,65 @@ class Study:
             )
         return pd.DataFrame(rows, columns=list(rows[0]) if rows else ["dataset", "method", "kind"])
 
-    def best_single(self, dataset: str) -> str | None:
-        """The single-reference method of highest mean *validation* accuracy: chosen by test
-        accuracy, the best of several would look better than it is."""
-        cells = self.cells()
-        singles = cells[(cells["dataset"] == dataset) & (cells["kind"] == "single")]
+    def best_single(self, dataset: str) -> Method | None:
+        """The single-reference method with the highest mean *validation* accuracy.
+
+        Chosen by test accuracy, the best of several would look better than it is. Only methods with
+        the largest number of seeds are candidates. None if no single-reference run is compared.
+        """
+        singles = self.compared[
+            (self.compared["dataset"] == dataset) & (self.compared["kind"] == "single")
+        ]
         if singles.empty:
             return None
-        full = singles[singles["seeds"] == singles["seeds"].max()]
-        best = full["val"].fillna(full["test"]).idxmax()
-        return str(full.loc[best, "method"])
+        groups = singles.groupby("key", sort=False)
+        full = groups.filter(lambda runs: len(runs) == groups.size().max())
+        means = full.groupby("key", sort=False)[["val", "test"]].mean()
+        best: Method = means["val"].fillna(means["test"]).idxmax()
+        return best
 
 
-def study_of(records: Sequence[Record], given: dict[str, Choice] | None = None) -> Study:
-    """``given``: choices of records that have no configuration (published tables), by source."""
-    chosen: dict[str, Choice] = dict(given or {})
-    unreadable = [r for r in records if r.status == "unreadable"]
+def build_study(
+    records: Sequence[RunRecord], given: Mapping[str, RunChoice] | None = None
+) -> Study:
+    """Arrange records into a study.
+
+    Args:
+        given: choices of records that have no configuration (published tables), by source.
+    """
+    chosen: dict[str, RunChoice] = dict(given or {})
+    unreadable = [record for record in records if record.status == "unreadable"]
     for record in records:
         if record.source in chosen or record.status == "unreadable":
             continue
         try:
-            chosen[record.source] = choice_of(record)
+            chosen[record.source] = run_choice(record.config, record.name)
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             problem = f"its config.yaml is not one of this project: {error!r}"
-            unreadable.append(Record(record.name, record.source, "unreadable", problem=problem))
-    by_source = {r.source: r for r in records if r.source in chosen}
-    varying = _varying_parameters(chosen.values())
+            unreadable.append(RunRecord(record.name, record.source, "unreadable", problem=problem))
+    by_source = {record.source: record for record in records if record.source in chosen}
+    differing = _differing_parameters(chosen.values())
     runs = pd.DataFrame(
-        [_row(by_source[source], choice, varying) for source, choice in chosen.items()],
+        [
+            _row(by_source[source], choice, differing[choice.loss, choice.weighting])
+            for source, choice in chosen.items()
+        ]
     )
     if runs.empty:
         return Study({}, pd.DataFrame(columns=["role", "dataset"]), unreadable, {}, [], runs)
     runs = runs.set_index("source", drop=False)
     runs.index.name = None
-    runs["_order"] = [_place(row, chosen) for row in runs.itertuples()]
+    runs["_order"] = [_sort_key(row, chosen) for row in runs.itertuples()]
     runs = runs.sort_values(["dataset", "_order", "seed"], kind="stable").drop(columns="_order")
     main = {str(d): _main_setting([chosen[s] for s in g.index]) for d, g in runs.groupby("dataset")}
     runs["differs"] = [_differs(chosen[s], main[chosen[s].dataset]) for s in runs.index]
     runs["role"], runs["reason"] = _roles(runs)
-    methods = _methods(runs, chosen)
+    methods = _ordered_methods(runs, chosen)
     return Study(by_source, runs, unreadable, main, methods, _missing(runs, methods))
 
 
-def _row(
-    record: Record, choice: Choice, varying: dict[tuple[str, str], set[str]]
-) -> dict[str, Any]:
-    result = record.result
-    shown = varying[choice.loss, choice.weighting]
-    suffix = "".join(f" {k}={v}" for k, v in choice.parameters.items() if k in shown)
-    single, name = bool(choice.reference), choice.weighting + suffix
-    asked = f" · λ {choice.weights}" if choice.weights else ""
+def _row(record: RunRecord, choice: RunChoice, named: set[str]) -> dict[str, Any]:
+    result, method = record.result, Method.of_run(choice, named)
     started = [str(s.get("started", "")) for s in record.sessions]
     return {
         "source": record.source,
@@ -121,10 +138,11 @@ def _row(
         "problem": record.problem,
         "dataset": choice.dataset,
         "model": choice.model,
-        "kind": "single" if single else "multi",
-        "method": (f"dpo: {choice.reference}" if single else f"{choice.loss} · {name}") + asked,
-        "loss": "dpo" if single else choice.loss,
-        "weighting": "single" if single else name,
+        "kind": "single" if method.is_single else "multi",
+        "key": method,
+        "method": method.label,
+        "loss": method.loss,
+        "weighting": method.weighting_label,
         "reference": choice.reference,
         "seed": choice.seed,
         "k": len(choice.references),
@@ -143,8 +161,8 @@ def _number(value: Any) -> float:
     return float(value) if isinstance(value, (int, float)) else np.nan
 
 
-def _varying_parameters(choices: Any) -> dict[tuple[str, str], set[str]]:
-    """Of each loss and weighting, the parameters that differ between runs of one dataset."""
+def _differing_parameters(choices: Iterable[RunChoice]) -> dict[tuple[str, str], set[str]]:
+    """For each loss and weighting, the parameters in which runs on one data set differ."""
     seen: dict[tuple[str, str], dict[tuple[str, str], set[str]]] = defaultdict(
         lambda: defaultdict(set)
     )
@@ -157,7 +175,7 @@ def _varying_parameters(choices: Any) -> dict[tuple[str, str], set[str]]:
     return found
 
 
-def _place(row: Any, chosen: dict[str, Choice]) -> tuple[Any, ...]:
+def _sort_key(row: Any, chosen: Mapping[str, RunChoice]) -> tuple[Any, ...]:
     """Single references first, as their set lists them, then methods as in the paper."""
     if row.kind == "single":
         longest = max(
@@ -166,7 +184,7 @@ def _place(row: Any, chosen: dict[str, Choice]) -> tuple[Any, ...]:
         return (0, longest.index(row.reference), row.reference)
     choice = chosen[row.source]
     values = tuple((float(v) if _is_number(v) else 0.0, v) for v in choice.parameters.values())
-    return (1, *order(choice.loss, choice.weighting), values, row.method)
+    return (1, *paper_order(choice.loss, choice.weighting), values, row.method)
 
 
 def _is_number(text: str) -> bool:
@@ -176,37 +194,37 @@ def _is_number(text: str) -> bool:
         return False
 
 
-def _setting(choice: Choice) -> dict[str, str]:
+def _setting(choice: RunChoice) -> dict[str, str]:
     return {**choice.setting, REFERENCES: ", ".join(choice.references)}
 
 
-def _main_setting(choices: Sequence[Choice]) -> dict[str, str]:
-    """The most frequent; a reference trained on alone takes no part in the vote on references."""
+def _main_setting(choices: Sequence[RunChoice]) -> dict[str, str]:
+    """The most frequent setting; runs with a single reference do not count, if there are others,
+    since they say nothing about the references in use."""
     several = [c for c in choices if len(c.references) > 1] or list(choices)
     votes: Counter[Any] = Counter(tuple(sorted(_setting(c).items())) for c in several)
     return dict(max(votes, key=lambda items: (votes[items], items)))
 
 
-def _differs(choice: Choice, main: dict[str, str]) -> dict[str, str]:
-    """What this run has otherwise than the main setting of its dataset, by key."""
-    mine = _setting(choice)
+def _differs(choice: RunChoice, main: Mapping[str, str]) -> dict[str, str]:
+    """Keys in which a run differs from the main setting of its data set, with the run's values."""
+    own = _setting(choice)
     if len(choice.references) == 1:
-        mine[REFERENCES] = main.get(REFERENCES, mine[REFERENCES])
-    keys = sorted({*mine, *main})
-    return {k: mine.get(k, "not set") for k in keys if mine.get(k) != main.get(k)}
+        own[REFERENCES] = main.get(REFERENCES, own[REFERENCES])
+    keys = sorted({*own, *main})
+    return {k: own.get(k, "not set") for k in keys if own.get(k) != main.get(k)}
 
 
 def _roles(runs: pd.DataFrame) -> tuple[list[str], list[str]]:
-    """What each run is used for, and why not for more."""
+    """What each run is used for, and the reason if it is not compared."""
     newest: dict[tuple[Any, ...], str] = {}
     finished = runs[runs["status"] == "finished"].sort_values("started", kind="stable")
     for row in finished.itertuples():
-        key = (row.dataset, row.method, row.seed, str(row.differs))
-        newest[key] = str(row.source)
+        newest[_cell(row)] = str(row.source)
     roles, reasons = [], []
     for row in runs.itertuples():
         other = ", ".join(f"{k}={v}" for k, v in row.differs.items())
-        kept = newest.get((row.dataset, row.method, row.seed, str(row.differs)))
+        kept = newest.get(_cell(row))
         if row.status != "finished":
             role, reason = "left out", f"{row.status}: {row.problem}"
         elif kept != row.source:
@@ -220,34 +238,42 @@ def _roles(runs: pd.DataFrame) -> tuple[list[str], list[str]]:
     return roles, reasons
 
 
-def _methods(runs: pd.DataFrame, chosen: dict[str, Choice]) -> list[str]:
-    """Methods of the main settings in order, references that nobody trained on included."""
-    here = runs[[not differs for differs in runs["differs"]]]
-    ordered = here.assign(_o=[_place(row, chosen) for row in here.itertuples()]).sort_values("_o")
-    methods = list(dict.fromkeys(ordered["method"]))
+def _cell(row: Any) -> tuple[Any, ...]:
+    """What two runs share if one of them repeats the other."""
+    return (row.dataset, row.key, row.seed, tuple(sorted(row.differs.items())))
+
+
+def _in_main_setting(runs: pd.DataFrame) -> pd.DataFrame:
+    return runs[[not differs for differs in runs["differs"]]]
+
+
+def _ordered_methods(runs: pd.DataFrame, chosen: Mapping[str, RunChoice]) -> list[Method]:
+    """Methods of the main settings in order, including references without a run of their own."""
+    here = _in_main_setting(runs)
+    ordered = here.assign(_o=[_sort_key(row, chosen) for row in here.itertuples()])
+    methods = list(dict.fromkeys(ordered.sort_values("_o")["key"]))
     if not (here["kind"] == "single").any():
         return methods
     sets = {chosen[s].references for s in here.index if len(chosen[s].references) > 1}
-    singles = dict.fromkeys(f"dpo: {slug}" for slugs in sorted(sets) for slug in slugs)
+    singles = [Method.single(slug) for slugs in sorted(sets) for slug in slugs]
     return list(dict.fromkeys([*singles, *methods]))
 
 
-def _missing(runs: pd.DataFrame, methods: Sequence[str]) -> pd.DataFrame:
-    """Every method on every dataset with every seed of that dataset, less what is finished."""
-    here = runs[[not differs for differs in runs["differs"]]]
+def _missing(runs: pd.DataFrame, methods: Sequence[Method]) -> pd.DataFrame:
+    """Every method with every seed of each data set, without those that are finished."""
     rows = []
-    for dataset, group in here.groupby("dataset"):
+    for dataset, group in _in_main_setting(runs).groupby("dataset"):
         done = group[group["role"] == "compared"]
-        finished = set(zip(done["method"], done["seed"], strict=True))
+        finished = set(zip(done["key"], done["seed"], strict=True))
         why = {
-            (row.method, row.seed): row.reason
+            (row.key, row.seed): row.reason
             for row in group.itertuples()
             if row.status != "finished"
         }
         rows += [
             {
                 "dataset": dataset,
-                "method": method,
+                "method": method.label,
                 "seed": seed,
                 "why": why.get((method, seed), "no run"),
             }

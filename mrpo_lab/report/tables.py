@@ -1,4 +1,4 @@
-"""Every table of the report: what it holds, and how it is written as CSV, LaTeX and HTML."""
+"""The tables of the report, and how they are written as CSV, LaTeX and HTML."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 
 import pandas as pd
 
-from mrpo_lab.report import mechanism, trade_off
+from mrpo_lab.report import measures, trade_off
 from mrpo_lab.report.comparisons import accuracy_correlations, alpha_correlations
 from mrpo_lab.report.study import Study
 
 
 @dataclass(frozen=True)
-class Table:
-    """Numbers as they are, and how a reader sees them."""
+class ReportTable:
+    """A data frame with a title, a caption, and the format of its columns."""
 
     key: str
     section: str
@@ -24,14 +24,14 @@ class Table:
     caption: str
     frame: pd.DataFrame
     columns: Mapping[str, tuple[str, Callable[[Any], str]]]
-    """Of the frame, in order: heading and format."""
+    """Heading and format of each column that is shown, in order."""
 
     def csv(self) -> str:
-        """All columns of the frame, unrounded."""
+        """All columns of the frame as CSV, unrounded."""
         return str(self.frame.to_csv(index=False))
 
     def shown(self) -> pd.DataFrame:
-        """Text under headings."""
+        """The formatted columns under their headings."""
         return pd.DataFrame(
             {
                 heading: [form(value) for value in self.frame[name]]
@@ -41,7 +41,7 @@ class Table:
         )
 
     def latex(self) -> str:
-        """A table environment for booktabs."""
+        """A LaTeX table environment; it needs the package booktabs."""
         shown = self.shown()
         for column in shown:
             shown[column] = [_latex(text) for text in shown[column]]
@@ -54,47 +54,59 @@ class Table:
                 caption=_latex(f"{self.title}. {self.caption}"),
                 label=f"tab:{self.key}",
                 column_format="".join(
-                    "l" if form in WORDS else "r" for _, form in self.columns.values()
+                    "l" if form in LEFT_ALIGNED else "r" for _, form in self.columns.values()
                 ),
             )
         )
 
     def html(self) -> str:
-        """A table element, every text escaped."""
+        """An HTML table; all text is escaped."""
         return str(self.shown().to_html(index=False, border=0, escape=True, justify="unset"))
 
 
-def text(value: Any) -> str:
+UNKNOWN = "–"
+"""Stands for a number that is not known."""
+
+
+def format_text(value: Any) -> str:
+    """Text as it is; nothing for a missing value."""
     return "" if value is None or (isinstance(value, float) and math.isnan(value)) else str(value)
 
 
-def whole(value: Any) -> str:
-    return f"{int(value):,}" if _known(value) else "–"
+def format_int(value: Any) -> str:
+    """A whole number: ``1,234``."""
+    return f"{int(value):,}" if _known(value) else UNKNOWN
 
 
-def percent(value: Any) -> str:
-    return f"{100 * value:.1f} %" if _known(value) else "–"
+def format_percent(value: Any) -> str:
+    """A share as percentage: ``61.5 %``."""
+    return f"{100 * value:.1f} %" if _known(value) else UNKNOWN
 
 
-def points(value: Any) -> str:
-    return f"{100 * value:+.1f}" if _known(value) else "–"
+def format_signed_points(value: Any) -> str:
+    """A difference of shares in percentage points: ``+1.2``."""
+    return f"{100 * value:+.1f}" if _known(value) else UNKNOWN
 
 
-def size(value: Any) -> str:
-    return f"{100 * value:.1f}" if _known(value) else "–"
+def format_points(value: Any) -> str:
+    """A size in percentage points, such as a standard error: ``1.2``."""
+    return f"{100 * value:.1f}" if _known(value) else UNKNOWN
 
 
-def three(value: Any) -> str:
-    return f"{value:.3f}" if _known(value) else "–"
+def format_3f(value: Any) -> str:
+    """A number with three decimals."""
+    return f"{value:.3f}" if _known(value) else UNKNOWN
 
 
-def signed(value: Any) -> str:
-    return f"{value:+.2f}" if _known(value) else "–"
+def format_signed_2f(value: Any) -> str:
+    """A number with its sign and two decimals."""
+    return f"{value:+.2f}" if _known(value) else UNKNOWN
 
 
-def p_value(value: Any) -> str:
+def format_p(value: Any) -> str:
+    """A p-value: three decimals, or its magnitude if it is below 0.001."""
     if not _known(value):
-        return "–"
+        return UNKNOWN
     return f"{value:.3f}" if value >= 0.001 else f"{value:.1e}"
 
 
@@ -102,7 +114,7 @@ def _known(value: Any) -> bool:
     return value is not None and math.isfinite(float(value))
 
 
-WORDS = {text}
+LEFT_ALIGNED = {format_text}
 TEX = {
     "\\": r"\textbackslash{}",
     "&": r"\&",
@@ -133,11 +145,11 @@ def _latex(value: str) -> str:
     return "".join(TEX.get(character, character) for character in value)
 
 
-ABOUT = {"dataset": ("dataset", text), "method": ("method", text)}
+ABOUT = {"dataset": ("dataset", format_text), "method": ("method", format_text)}
 
 
-def accuracy(study: Study) -> Table:
-    return Table(
+def accuracy(study: Study) -> ReportTable:
+    return ReportTable(
         "accuracy",
         "accuracy",
         "Accuracy by method",
@@ -145,30 +157,30 @@ def accuracy(study: Study) -> Table:
         study.cells(),
         {
             **ABOUT,
-            "seeds": ("seeds", whole),
-            "test": ("test", percent),
-            "se": ("s.e.", size),
-            "lowest": ("lowest", percent),
-            "highest": ("highest", percent),
-            "val": ("val", percent),
-            "base": ("base model", percent),
+            "seeds": ("seeds", format_int),
+            "test": ("test", format_percent),
+            "se": ("s.e.", format_points),
+            "lowest": ("lowest", format_percent),
+            "highest": ("highest", format_percent),
+            "val": ("val", format_percent),
+            "base": ("base model", format_percent),
         },
     )
 
 
-def missing(study: Study) -> Table:
-    return Table(
+def missing(study: Study) -> ReportTable:
+    return ReportTable(
         "missing",
         "accuracy",
         "Missing cells",
         "Methods without a finished run for a seed that other methods of the dataset have.",
         study.missing,
-        {**ABOUT, "seed": ("seed", whole), "why": ("why", text)},
+        {**ABOUT, "seed": ("seed", format_int), "why": ("why", format_text)},
     )
 
 
-def comparison(frame: pd.DataFrame) -> Table:
-    return Table(
+def comparison(frame: pd.DataFrame) -> ReportTable:
+    return ReportTable(
         "comparisons",
         "comparisons",
         "Methods against baselines",
@@ -180,24 +192,25 @@ def comparison(frame: pd.DataFrame) -> Table:
         frame,
         {
             **ABOUT,
-            "against": ("against", text),
-            "baseline": ("baseline", text),
-            "seeds": ("seeds", whole),
-            "pairs": ("pairs", whole),
-            "difference": ("difference", points),
-            "low": ("from", points),
-            "high": ("to", points),
-            "p_pairs": ("p (pairs)", p_value),
-            "p_pairs_holm": ("Holm", p_value),
-            "p_seeds": ("p (seeds)", p_value),
-            "p_seeds_holm": ("Holm ", p_value),
-            "detectable": ("detectable", size),
+            "against": ("against", format_text),
+            "baseline": ("baseline", format_text),
+            "seeds": ("seeds", format_int),
+            "pairs": ("pairs", format_int),
+            "difference": ("difference", format_signed_points),
+            "low": ("from", format_signed_points),
+            "high": ("to", format_signed_points),
+            "p_pairs": ("p (pairs)", format_p),
+            "p_pairs_holm": ("Holm", format_p),
+            "p_seeds": ("p (seeds)", format_p),
+            "p_seeds_holm": ("Holm ", format_p),
+            "detectable": ("detectable", format_points),
         },
     )
 
 
-def correlation(study: Study, target: str) -> Table:
-    """Tables 1 and 2 of the paper, and the correlation of what they correlate with."""
+def correlation(study: Study, target: str) -> ReportTable:
+    """Tables 1 and 2 of the paper (``own``, ``single``), and the correlation between the accuracies
+    that they use (``accuracy``)."""
     kinds: dict[str, tuple[str, Callable[[], pd.DataFrame], str, str]] = {
         "own": (
             "table-1",
@@ -210,126 +223,128 @@ def correlation(study: Study, target: str) -> Table:
             "table-2",
             lambda: alpha_correlations(study, "single"),
             "Table 2: weights and the accuracy of single-reference DPO",
-            "Kendall's τ between α (for tsw: the posterior mean) and the test accuracy of DPO on "
-            "each reference alone with the same seed, averaged over seeds.",
+            "Kendall's τ between α (for tsw: the posterior mean) and the test accuracy of DPO "
+            "with each reference alone and the same seed, averaged over seeds.",
         ),
         "accuracy": (
             "table-2b",
             lambda: accuracy_correlations(study),
             "Own accuracy and the accuracy of single-reference DPO",
-            "Kendall's τ between what Tables 1 and 2 compare weights with, averaged over seeds.",
+            "Kendall's τ between the two accuracies that Tables 1 and 2 use, averaged over seeds.",
         ),
     }
     key, frame, title, caption = kinds[target]
-    return Table(
+    return ReportTable(
         key,
         "correlations",
         title,
         f"{caption} p: exact for that average, ties included, seeds independent; p (one matching): "
-        "exact, two-sided, one relabelling of the references for all seeds.",
+        "exact, two-sided, permuting the references alike in all seeds.",
         frame(),
         {
             **ABOUT,
-            "tau": ("mean τ", signed),
-            "lowest": ("lowest", signed),
-            "highest": ("highest", signed),
-            "seeds": ("seeds", whole),
-            "references": ("K", text),
-            "p_greater": ("p, one-sided", p_value),
-            "p_two_sided": ("p, two-sided", p_value),
-            "p_holm": ("Holm", p_value),
-            "p_one_matching": ("p (one matching)", p_value),
-            "why": ("undefined because", text),
+            "tau": ("mean τ", format_signed_2f),
+            "lowest": ("lowest", format_signed_2f),
+            "highest": ("highest", format_signed_2f),
+            "seeds": ("seeds", format_int),
+            "references": ("K", format_text),
+            "p_greater": ("p, one-sided", format_p),
+            "p_two_sided": ("p, two-sided", format_p),
+            "p_holm": ("Holm", format_p),
+            "p_one_matching": ("p (one matching)", format_p),
+            "why": ("undefined because", format_text),
         },
     )
 
 
-def pair_weights(study: Study) -> Table:
-    return Table(
+def pair_weights(study: Study) -> ReportTable:
+    return ReportTable(
         "pair-weights",
         "mechanism",
-        "How far references acted",
+        "How strongly the references act",
         "The weight of a pair is the scalar that the loss and the references give its gradient, "
         "over β. Means over steps and seeds. Effective share: effective sample size over batch "
-        "size; 100 %: all pairs count alike. Agreement: mean rank correlation, over pairs "
+        "size; at 100 % all pairs count alike. Agreement: mean rank correlation, over pairs "
         "of references, of the weights each alone would give the test pairs after training.",
-        mechanism.pair_weights(study),
+        measures.pair_weights(study),
         {
             **ABOUT,
-            "mean": ("mean weight", three),
-            "cv": ("coefficient of variation", three),
-            "p05": ("5th percentile", three),
-            "p95": ("95th percentile", three),
-            "ess_share": ("effective share", percent),
-            "rank_agreement": ("agreement", signed),
+            "mean": ("mean weight", format_3f),
+            "cv": ("coefficient of variation", format_3f),
+            "p05": ("5th percentile", format_3f),
+            "p95": ("95th percentile", format_3f),
+            "ess_share": ("effective share", format_percent),
+            "rank_agreement": ("agreement", format_signed_2f),
         },
     )
 
 
-def instability(study: Study) -> Table:
-    return Table(
+def instability(study: Study) -> ReportTable:
+    return ReportTable(
         "instability",
         "mechanism",
         "Instability events",
         "Failed runs, numbers that are not finite, gradient norms above "
-        f"{mechanism.SPIKE:.0f} times the run's median, runs that end below the base model, pairs "
-        "without an opinion.",
-        mechanism.instability(study),
+        f"{measures.SPIKE:.0f} times the run's median, runs that end below the base model, pairs "
+        "to which the weighting gave no weights.",
+        measures.instability(study),
         {
             **ABOUT,
-            "seed": ("seed", whole),
-            "status": ("status", text),
-            "events": ("events", text),
+            "seed": ("seed", format_int),
+            "status": ("status", format_text),
+            "events": ("events", format_text),
         },
     )
 
 
-def volumes(study: Study) -> Table:
-    return Table(
+def volumes(study: Study) -> ReportTable:
+    return ReportTable(
         "trade-off",
         "trade_off",
         "What each policy reaches on all aspects",
-        "On the test lists, ranked by implicit reward. Best: over the lambdas that were tried, "
-        "each aspect for itself.",
+        "On the test lists, ranked by implicit reward. Best: the highest value of each aspect over "
+        "the lambdas that were tried.",
         trade_off.volumes(study),
         {
             **ABOUT,
-            "seed": ("seed", whole),
-            "policy": ("policy", text),
-            "metric": ("metric", text),
-            "volume": ("hypervolume", three),
-            "best": ("best", text),
+            "seed": ("seed", format_int),
+            "policy": ("policy", format_text),
+            "metric": ("metric", format_text),
+            "volume": ("hypervolume", format_3f),
+            "best": ("best", format_text),
         },
     )
 
 
-def references(study: Study) -> Table:
-    return Table(
+def references(study: Study) -> ReportTable:
+    return ReportTable(
         "references",
         "references",
         "The references themselves",
         "On the test pairs, means over seeds. |margin| in nats per token. Prefers longer: share of "
-        "pairs of unequal length, in the reference's own tokens, where it gives the longer reply "
-        "more per token; beside it the share where the label does. Length correlation: Spearman's, "
-        "of margin and difference in length.",
-        mechanism.references(study),
+        "pairs of unequal length (in the reference's own tokens) in which the longer reply has the "
+        "higher log-probability per token; beside it the share in which the label prefers it. "
+        "Length correlation: Spearman's, of margin and difference in length.",
+        measures.references(study),
         {
-            "dataset": ("dataset", text),
-            "reference": ("reference", text),
-            "seeds": ("seeds", whole),
-            "accuracy": ("accuracy", percent),
-            "se": ("s.e.", size),
-            "margin": ("mean |margin|", three),
-            "prefers_longer": ("prefers longer", percent),
-            "chosen_longer": ("label prefers longer", percent),
-            "length_correlation": ("length correlation", signed),
-            "gate": ("gate", text),
+            "dataset": ("dataset", format_text),
+            "reference": ("reference", format_text),
+            "seeds": ("seeds", format_int),
+            "accuracy": ("accuracy", format_percent),
+            "se": ("s.e.", format_points),
+            "margin": ("mean |margin|", format_3f),
+            "prefers_longer": ("prefers longer", format_percent),
+            "chosen_longer": ("label prefers longer", format_percent),
+            "length_correlation": ("length correlation", format_signed_2f),
+            "gate": ("gate", format_text),
         },
     )
 
 
-def all_tables(study: Study, compared: pd.DataFrame, provenance: list[Table]) -> list[Table]:
-    """In the order of the page; those without rows are left out."""
+def all_tables(
+    study: Study, compared: pd.DataFrame, provenance: list[ReportTable]
+) -> list[ReportTable]:
+    """All tables that have rows, in the order of the page."""
     tables = [
         accuracy(study),
         missing(study),

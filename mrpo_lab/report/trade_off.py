@@ -1,4 +1,4 @@
-"""Trade-offs between aspects, of all runs on lists."""
+"""Trade-offs between aspects in all runs on lists."""
 
 from __future__ import annotations
 
@@ -16,22 +16,26 @@ METRICS = {
     "ndcg": "NDCG",
     "top1": "best reply on top",
 }
-TOLD, UNTOLD = "told lambda", "not told"
-COLUMNS = ["dataset", "method", "seed", "policy", "told", "aspect", "ranked_by", "metric", "value"]
+CONDITIONED, UNCONDITIONED = "conditioned", "unconditioned"
+"""Labels of trained policies with and without lambda in their prompt."""
+COLUMNS = [
+    *("dataset", "method", "seed", "policy", "lambda"),
+    *("aspect", "ranked_by", "metric", "value"),
+]
 
 
 def trade_offs(study: Study) -> pd.DataFrame:
-    """``COLUMNS``; ``told`` is lambda in words."""
+    """Rows of all runs, with ``COLUMNS``; ``lambda`` is lambda in words."""
     parts = []
     for about, table in _tables(study):
         weights = table.filter(regex=f"^{LAMBDA}").rename(columns=lambda c: c.removeprefix(LAMBDA))
-        told = weights.apply(lambda row: ", ".join(f"{a} {w:.2f}" for a, w in row.items()), axis=1)
-        parts.append(table.assign(told=told, **about)[COLUMNS])
+        words = weights.apply(lambda row: ", ".join(f"{a} {w:.2f}" for a, w in row.items()), axis=1)
+        parts.append(table.assign(**about, **{"lambda": words})[COLUMNS])
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=COLUMNS)
 
 
 def volumes(study: Study) -> pd.DataFrame:
-    """Of every run and policy: hypervolume, and the best value on each aspect."""
+    """One row per run, policy and metric: hypervolume, and the best value on each aspect."""
     rows = []
     for about, table in _tables(study):
         lines = table.to_dict("records")
@@ -52,10 +56,13 @@ def volumes(study: Study) -> pd.DataFrame:
 
 
 def _tables(study: Study) -> Iterator[tuple[dict[str, Any], pd.DataFrame]]:
-    """What a run is called, and its table; ``trained`` says whether it was told lambda."""
+    """Dataset, method and seed of each run on lists, and its rows.
+
+    The policy ``trained`` is called conditioned or unconditioned.
+    """
     for run in study.runs.itertuples() if len(study.runs) else ():
         record = study.records[str(run.source)]
         if record.trade_off is not None and run.role != "left out":
-            name = TOLD if record.config["lambda"]["condition"] else UNTOLD
+            name = CONDITIONED if record.config["lambda"]["condition"] else UNCONDITIONED
             table = record.trade_off.replace({"policy": {"trained": name}})
             yield {"dataset": run.dataset, "method": run.method, "seed": run.seed}, table

@@ -1,4 +1,4 @@
-"""Records from W&B, through its public API."""
+"""Read records of runs from W&B through its public API."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ import pandas as pd
 
 from mrpo_lab.errors import UserError
 from mrpo_lab.progress import progress
-from mrpo_lab.report.reading import Record, record
+from mrpo_lab.report.reading import RunRecord, make_record
+from mrpo_lab.runs.reading import metrics_frame
 from mrpo_lab.runs.tracking import FILES, wandb_mode
 
 STATES = {"crashed": "stopped", "killed": "interrupted", "preempted": "interrupted"}
 
 
-def read_project(path: str) -> list[Record]:
-    """Every run of ``entity/project`` that this project's tracker wrote.
+def read_project(path: str) -> list[RunRecord]:
+    """Read every run of ``entity/project`` that this project's tracker wrote.
 
     Raises:
         UserError: the project cannot be read.
@@ -46,21 +47,21 @@ def read_project(path: str) -> list[Record]:
     return records
 
 
-def record_of(run: Any) -> Record:
-    """The record of one ``wandb.apis.public.Run``: its history, config, summary and files."""
+def record_of(run: Any) -> RunRecord:
+    """Make a record of a ``wandb.apis.public.Run`` from its history, config, summary and files."""
     files = {file.name: _content(file) for file in run.files(names=list(FILES))}
     provenance = json.loads(files.get("provenance.json", "{}"))
     pairs, trade_off = (files.get(f"{name}.parquet") for name in ("test_pairs", "trade_off"))
     result = {key: value for key, value in plain(run.summary).items() if key[0] != "_"}
     if run.state in STATES and "status" not in result:
         result |= {"status": STATES[run.state], "error": f"W&B says {run.state}"}
-    return record(
+    return make_record(
         run.name,
         run.url,
         {key: value for key, value in plain(run.config).items() if key[0] != "_"},
         result,
         provenance.get("sessions", []),
-        [{k: v for k, v in row.items() if k[0] != "_"} for row in run.scan_history()],
+        metrics_frame({k: v for k, v in row.items() if k[0] != "_"} for row in run.scan_history()),
         pd.read_parquet(io.BytesIO(pairs)) if pairs else None,
         pd.read_parquet(io.BytesIO(trade_off)) if trade_off else None,
         silent_for=_silence(run),
@@ -68,7 +69,7 @@ def record_of(run: Any) -> Record:
 
 
 def plain(value: Any) -> Any:
-    """W&B's mappings as dicts; its words for what is not finite as numbers."""
+    """Turn W&B's mappings into dicts, and its words for numbers that are not finite into NaN."""
     if hasattr(value, "items"):
         return {str(k): plain(v) for k, v in value.items()}
     if value in ("NaN", "Infinity", "-Infinity"):
@@ -85,7 +86,7 @@ def _content(file: Any) -> bytes:
 
 
 def _silence(run: Any) -> float:
-    """Seconds since the run was last heard of."""
+    """Seconds since the last heartbeat of the run; 0 if it is running."""
     if run.state == "running":
         return 0.0
     return time.time() - datetime.fromisoformat(run.heartbeatAt).timestamp()

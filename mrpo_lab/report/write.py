@@ -1,4 +1,4 @@
-"""The report's folder: ``index.html``, ``figures/`` and ``tables/``."""
+"""Write the report's folder: ``index.html``, ``figures/`` and ``tables/``."""
 
 from __future__ import annotations
 
@@ -12,15 +12,18 @@ from mrpo_lab.report import findings, page, provenance
 from mrpo_lab.report.comparisons import comparisons
 from mrpo_lab.report.figures import Figure, all_figures
 from mrpo_lab.report.study import Study
-from mrpo_lab.report.tables import Table, all_tables
+from mrpo_lab.report.tables import ReportTable, all_tables
 from mrpo_lab.storage.files import write_whole
 
 SCALE = 2.0
-"""Pixels of a PNG for each of the figure's points."""
+"""Pixels of a PNG per point of the figure."""
 
 
 def write_report(study: Study, out: Path, refresh: int | None = None) -> Path:
-    """Write everything below ``out``; the page, last and whole.
+    """Write the report below ``out`` and return the page, which is written last.
+
+    Args:
+        refresh: seconds after which the page loads itself again.
 
     Raises:
         UserError: ``out`` cannot be written.
@@ -37,7 +40,7 @@ def write_report(study: Study, out: Path, refresh: int | None = None) -> Path:
         figures,
         tables,
         findings.findings(study, {table.key: table.frame for table in tables}),
-        findings.progress(study),
+        findings.running(study),
         runs,
         refresh,
     )
@@ -50,7 +53,7 @@ def write_report(study: Study, out: Path, refresh: int | None = None) -> Path:
     return out / "index.html"
 
 
-def _write_tables(tables: list[Table], folder: Path) -> None:
+def _write_tables(tables: list[ReportTable], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for table in tables:
         write_whole(folder / f"{table.key}.csv", table.csv().encode())

@@ -17,6 +17,7 @@ from filelock import FileLock, Timeout
 from mrpo_lab.errors import UserError
 from mrpo_lab.runs.identity import difference
 from mrpo_lab.runs.provenance import provenance
+from mrpo_lab.runs.reading import finished, read_json, read_lines
 from mrpo_lab.storage.files import write_parquet, write_whole
 
 logger = logging.getLogger(__name__)
@@ -32,10 +33,10 @@ class Run:
 
     @classmethod
     def open(cls, outputs: Path, name: str, config: dict[str, Any]) -> Run:
-        """The run that ``config`` asks for; nothing is written yet.
+        """The run that ``config`` describes; nothing is written yet.
 
         Raises:
-            UserError: it holds another configuration.
+            UserError: the folder holds a run with another configuration.
         """
         folder = outputs / name
         saved = folder / "config.yaml"
@@ -48,12 +49,17 @@ class Run:
                 )
         return cls(folder, name, config)
 
+    @property
+    def checkpoint(self) -> Path:
+        """Where the training state is kept; it need not exist."""
+        return self.folder / "checkpoint" / "state.safetensors"
+
     @contextmanager
-    def held(self) -> Iterator[None]:
-        """No other process writes the folder meanwhile.
+    def locked(self) -> Iterator[None]:
+        """Lock the folder, so that no other process writes it meanwhile.
 
         Raises:
-            UserError: another process holds it, or it cannot be written.
+            UserError: another process holds the lock, or the folder cannot be written.
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -71,7 +77,7 @@ class Run:
                 self._remove_empty()
 
     def _remove_empty(self) -> None:
-        """A run that was refused before it began leaves no folders behind."""
+        """Remove the folders of a run that was refused before it began."""
         (self.folder / ".lock").unlink(missing_ok=True)
         with suppress(OSError):
             for folder in [self.folder, *self.folder.parents][: self.name.count("/") + 1]:
@@ -79,39 +85,36 @@ class Run:
 
     @property
     def result(self) -> dict[str, Any] | None:
-        """``result.json`` of a finished run; None while there is something left to do."""
+        """``result.json`` if the run is finished, else None."""
         return finished(self.folder)
 
     def begin(self) -> None:
-        """Write what was asked for, and add where it runs this time."""
+        """Write the configuration and add this session to ``provenance.json``."""
         config = yaml.safe_dump(self.config, sort_keys=False)
         write_whole(self.folder / "config.yaml", config.encode())
-        path = self.folder / "provenance.json"
-        sessions = json.loads(path.read_text())["sessions"] if path.exists() else []
-        self._write_json(path.name, {"sessions": [*sessions, provenance()]})
+        sessions = read_json(self.folder / "provenance.json").get("sessions", [])
+        self._write_json("provenance.json", {"sessions": [*sessions, provenance()]})
         (self.folder / "result.json").unlink(missing_ok=True)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """One line of ``metrics.jsonl``; what is not finite becomes null, which JSON can say."""
+        """Append one line to ``metrics.jsonl``; values that are not finite become null."""
         line = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
         with (self.folder / "metrics.jsonl").open("a") as file:
             file.write(json.dumps({"step": step, **line}) + "\n")
 
     def metrics(self) -> list[dict[str, float]]:
-        """All lines so far, whole ones only: a kill may have cut the last."""
-        path = self.folder / "metrics.jsonl"
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        return [json.loads(line) for line in lines if line.endswith("\n")]
+        """Read the lines of ``metrics.jsonl`` so far, without a last line that a kill cut off."""
+        return read_lines(self.folder / "metrics.jsonl")
 
     def rewind(self, step: int) -> list[dict[str, float]]:
-        """Forget lines after ``step``, which will be run again; the lines that stay."""
+        """Remove metrics after ``step``, whose steps will be run again, and return the others."""
         kept = [line for line in self.metrics() if line["step"] <= step]
         text = "".join(json.dumps(line) + "\n" for line in kept)
         write_whole(self.folder / "metrics.jsonl", text.encode())
         return kept
 
     def write_alpha(self, slugs: Sequence[str]) -> None:
-        """``alpha.parquet``: a row a step, a column a reference."""
+        """Write ``alpha.parquet`` from the metrics: one row per step, one column per reference."""
         import pyarrow as pa
 
         lines = [line for line in self.metrics() if f"alpha/{slugs[0]}" in line]
@@ -120,15 +123,8 @@ class Run:
         write_parquet(self.folder / "alpha.parquet", table)
 
     def finish(self, result: Mapping[str, Any]) -> None:
-        """Record the outcome; ``status: finished`` is what marks a run as done."""
+        """Write ``result.json``; ``status: finished`` in it marks the run as finished."""
         self._write_json("result.json", dict(result))
 
     def _write_json(self, name: str, content: dict[str, Any]) -> None:
         write_whole(self.folder / name, (json.dumps(content, indent=2) + "\n").encode())
-
-
-def finished(folder: Path) -> dict[str, Any] | None:
-    """``result.json`` of a run's folder, if it says that the run is finished."""
-    path = folder / "result.json"
-    result: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    return result if result.get("status") == "finished" else None

@@ -17,18 +17,18 @@ NO_CHANGE = (
     "train.token_budget",
     "train.checkpoint_every",
 )
-"""Configuration that cannot change a number of the run: no part of its identity."""
+"""Keys that cannot change a number of the run, so they are no part of its identity."""
 
 DEFAULTS = {"kernels": "auto"}
 """Values of top-level keys in configurations that were saved before the keys existed."""
 
 
 def difference(ours: Mapping[str, Any], theirs: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """``key: theirs -> ours`` for every leaf that can change a number and is not the same.
+    """Describe every difference between two configurations that can change a number.
 
-    Not a difference: where a class of this project lives, since modules may move; and a key that
-    only one of the two has, with the default value of its ``_target_`` or of ``DEFAULTS``, since
-    keys may be added.
+    Two things do not count as differences: the module in which a class of this project is defined,
+    since modules may move; and a key that only one side has, with its default value, since keys may
+    be added.
     """
     found = []
     for key in sorted({*ours, *theirs}):

@@ -1,4 +1,5 @@
-"""The name of a run, a function of what was chosen: the same command finds its run again."""
+"""The name of a run: composed from what was chosen, so that the same command finds its run again,
+and parsed again from the path of its folder."""
 
 from __future__ import annotations
 
@@ -6,6 +7,8 @@ import hashlib
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from mrpo_lab.runs.identity import NO_CHANGE
 
@@ -17,21 +20,26 @@ CELL = {
     "lambda": "fixed",
     "reference_set": "",
 }
-"""Groups that one part of a run's name is made of, with the options that go without saying."""
+"""Config groups that make up the method part of a run's name, and the option of each that is left
+out of it."""
 NAMED = {"dataset", "model", *CELL, "seed", "experiment", "sweep"}
-"""Groups with a place in the name; an experiment and a sweep bring a name of their own."""
+"""Config groups that have a place in the name; an experiment or a sweep sets ``name`` itself."""
 
 
 def run_name(name: str, choices: Mapping[str, str | None], overrides: Sequence[str]) -> str:
-    """``name/dataset/model/loss-weighting-references/seed``, with what else was chosen.
+    """Name of a run, ``name/dataset/model/loss-weighting-references/seed``.
 
-    ``choices``: option of each config group. ``overrides``: the command line's, as Hydra has them.
+    Other overrides that can change a number are appended to the seed.
+
+    Args:
+        choices: the chosen option of each config group.
+        overrides: the command line's overrides, as Hydra has them.
     """
-    # A group taken away, as by ~loss, is refused when it is built.
+    # A group that was removed, as by ~loss, is refused when it is built.
     chosen = defaultdict(str, {group: str(option) for group, option in choices.items() if option})
     cell = "-".join(chosen[g] for g, silent in CELL.items() if chosen[g] not in ("", silent))
     values = {}
-    for override in overrides:  # the last word on a key counts
+    for override in overrides:  # the last override of a key counts
         key, _, value = override.lstrip("+~").partition("=")
         if key not in NAMED and not key.startswith((*NO_CHANGE, "hydra")):
             values[key] = value
@@ -40,8 +48,38 @@ def run_name(name: str, choices: Mapping[str, str | None], overrides: Sequence[s
     return "/".join([name, chosen["dataset"], chosen["model"], cell, seed])
 
 
+class RunPath(NamedTuple):
+    """The parts of a name that ``run_name`` composed."""
+
+    name: str
+    """It may have several parts itself, as ``study/first``."""
+    dataset: str
+    model: str
+    cell: str
+    seed: str
+
+
+def parse_run_name(text: str) -> RunPath | None:
+    """Split a run's name into its parts; None if ``run_name`` cannot have composed it."""
+    parts = text.split("/")
+    if len(parts) < len(RunPath._fields):
+        return None
+    return RunPath("/".join(parts[:-4]), *parts[-4:])
+
+
+def name_of_folder(folder: Path, config: Mapping[str, Any]) -> str:
+    """Name of the run in ``folder``, whose saved configuration is ``config``.
+
+    It is the end of the folder's path, from ``config["name"]`` on. A folder that was moved, so that
+    its path does not hold that name, is called by its last part alone.
+    """
+    given = str(config.get("name", "")).split("/")
+    parts = folder.parts[-4 - len(given) :]
+    return "/".join(parts) if list(parts[: len(given)]) == given else folder.name
+
+
 def _file_name(text: str) -> str:
-    """``text`` fit for a folder's name: unusual characters and long texts end in a hash."""
+    """``text`` as a folder name: one that is long or has unusual characters ends in a hash."""
     plain = re.sub(r"[^\w.,=+-]+", "-", text)
     if plain == text and len(text) <= 80:
         return text

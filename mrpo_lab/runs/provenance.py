@@ -15,7 +15,7 @@ VERSIONS = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "data
 
 
 def provenance() -> dict[str, Any]:
-    """Code, libraries and hardware, enough to say later what produced a number."""
+    """Describe the code, libraries and hardware of this process."""
     import torch
 
     cuda = torch.cuda.is_available()
@@ -40,7 +40,7 @@ def provenance() -> dict[str, Any]:
 
 
 def cluster_job() -> dict[str, str] | None:
-    """SLURM's name for this job, where it runs and how often it was started again."""
+    """SLURM's id of this job, its node and how often it was restarted; None outside SLURM."""
     if "SLURM_JOB_ID" not in os.environ:
         return None
     array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")

@@ -1,4 +1,4 @@
-"""``test_pairs.parquet``: what runs are compared by, pair by pair, and how references acted."""
+"""``test_pairs.parquet``: margins on each test pair, by which runs are compared."""
 
 from __future__ import annotations
 
@@ -13,21 +13,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mrpo_lab.objective.losses import PreferenceLoss
-from mrpo_lab.objective.scores import Scores
+from mrpo_lab.objective.scores import Scores, contrast
 from mrpo_lab.storage.files import write_parquet
 
 
 def pair_names(ids: np.ndarray) -> list[str]:
-    """A name for each row of reply ids (N, R): the same texts have the same one in all runs."""
+    """A name for each row of reply ids (N, R): the same texts have the same name in all runs."""
     return [hashlib.blake2b(row.tobytes(), digest_size=8).hexdigest() for row in ids]
 
 
-def reference_weights(loss: PreferenceLoss, policy: Scores, refs: Scores) -> Tensor:
-    """(B, K): the weight of each pair's gradient, were one reference alone to decide it."""
+def reference_weights(loss: PreferenceLoss, policy: Scores, refs: Scores, target: Tensor) -> Tensor:
+    """Weight (B, K) of each pair's gradient if one reference alone decided it."""
     rows, num_refs = refs.sums.shape[:2]
     one_hot = F.one_hot(torch.arange(num_refs), num_refs).to(refs.sums)
     return torch.stack(
-        [loss.pair_weights(policy, refs, alpha.expand(rows, -1)) for alpha in one_hot], dim=1
+        [loss.pair_weights(policy, refs, alpha.expand(rows, -1), target) for alpha in one_hot],
+        dim=1,
     )
 
 
@@ -38,21 +39,31 @@ def write_test_pairs(
     refs: Scores,
     before: Scores,
     after: Scores,
+    target: Tensor,
     loss: PreferenceLoss,
 ) -> None:
-    """A row a test pair. Margins are in nats per token; ``tokens`` is chosen minus rejected reply;
-    ``weight`` that of ``reference_weights`` under the trained policy.
+    """Write one row per test pair.
 
-    ``ids``: (N, R); ``refs``: (N, K, R); ``before``, ``after``: the policy's scores (N, R), all
-    with the same labels. Of a list, ``tokens`` is weighted as its margin is.
+    Columns: ``pair`` (its name), ``margin_before`` and ``margin`` (the policy's margin before and
+    after training), and for each reference its ``margin/SLUG``, ``weight/SLUG`` (see
+    ``reference_weights``, under the trained policy) and ``tokens/SLUG`` (length of the chosen reply
+    minus that of the rejected one, in the reference's own tokens; for a list weighted as its margin
+    is). Margins are in nats per token.
+
+    Args:
+        ids: reply ids (N, R).
+        slugs: names of the K references.
+        refs: scores (N, K, R) of the references.
+        before, after: scores (N, R) of the policy before and after training.
+        target: how much each reply is to be preferred (N, R).
     """
     columns: dict[str, object] = {
         "pair": pair_names(ids),
-        "margin_before": before.margins().numpy(),
-        "margin": after.margins().numpy(),
+        "margin_before": before.margins(target).numpy(),
+        "margin": after.margins(target).numpy(),
     }
-    margins, weights = refs.margins(), reference_weights(loss, after, refs)
-    tokens = (refs.contrast.unsqueeze(1) * refs.counts).sum(-1)
+    margins, weights = refs.margins(target), reference_weights(loss, after, refs, target)
+    tokens = (contrast(target, refs.present).unsqueeze(1) * refs.counts).sum(-1)
     for k, slug in enumerate(slugs):
         columns[f"margin/{slug}"] = margins[:, k].numpy()
         columns[f"weight/{slug}"] = weights[:, k].numpy()

@@ -1,4 +1,4 @@
-"""Where a run's numbers are shown. The run's own files are the truth; a tracker mirrors them."""
+"""Trackers show the metrics of runs elsewhere, as on W&B. The files of the run are the original."""
 
 from __future__ import annotations
 
@@ -7,41 +7,50 @@ import logging
 import math
 import os
 import shutil
-import socket
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from mrpo_lab.storage.network import connection_error
+
 logger = logging.getLogger(__name__)
 
 Lines = Sequence[Mapping[str, float | None]]
-"""Of ``metrics.jsonl``, each with its ``step``."""
+"""Lines of ``metrics.jsonl``, each with its ``step``."""
 
 
 FILES = ("provenance.json", "test_pairs.parquet", "trade_off.parquet")
-"""Of a run's folder: what W&B keeps beside the numbers, for the report."""
+"""Files of a run's folder that are uploaded to W&B, so that the report can be made from there."""
 
 
 class Tracker(ABC):
-    """A mirror of one run. Only the main process has one that does anything."""
+    """Mirrors the metrics of one run. In processes other than the main one it does nothing."""
 
     @abstractmethod
     def start(self, folder: Path, identity: str, config: dict[str, Any], past: Lines) -> None:
-        """``identity``: what stays the same when the run is resumed. ``past``: the lines that were
-        logged before it was interrupted, from step 0, as far as they are still true."""
+        """Start a run or resume it.
+
+        Args:
+            folder: the folder of the run.
+            identity: a name that stays the same when the run is resumed.
+            config: the resolved configuration.
+            past: lines that were logged before the run was interrupted, from step 0 up to the
+                checkpoint from which it is resumed.
+        """
 
     @abstractmethod
-    def log(self, step: int, metrics: Mapping[str, float]) -> None: ...
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Log the metrics of one step."""
 
     @abstractmethod
     def finish(self, result: Mapping[str, Any], failed: bool = False) -> None:
-        """``result`` becomes the summary."""
+        """End the run; ``result`` becomes its summary."""
 
 
 class LocalTracker(Tracker):
-    """Files alone."""
+    """Tracks nothing: the run's own files have all numbers."""
 
     def start(self, folder: Path, identity: str, config: dict[str, Any], past: Lines) -> None:
         pass
@@ -56,9 +65,9 @@ class LocalTracker(Tracker):
 class WandbTracker(Tracker):
     """Weights & Biases: one W&B run for each training run, however often it is resumed.
 
-    An interruption takes with it what W&B had not yet written or sent. So nothing is assumed to be
-    there: online, the server says how many lines it has; offline, a resumed run writes all of them
-    into a new file, which replaces the former ones.
+    An interruption loses the lines that W&B has not yet written or sent. Therefore the server is
+    asked how many lines it has, and offline a resumed run writes all of its lines into a new file,
+    which replaces the old one.
     """
 
     def __init__(
@@ -87,7 +96,7 @@ class WandbTracker(Tracker):
         self._run = wandb.init(
             project=self._project,
             entity=self._entity,
-            group=os.environ.get("WANDB_RUN_GROUP", self._group),  # a sweep's, if it is of one
+            group=os.environ.get("WANDB_RUN_GROUP", self._group),  # a sweep sets the variable
             id=hashlib.sha256(identity.encode()).hexdigest()[:16],
             name=identity,
             tags=self._tags,
@@ -99,14 +108,14 @@ class WandbTracker(Tracker):
         )
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
-        for line in past:  # where null is what was not finite
+        for line in past:  # null stands for a value that was not finite
             self._log({key: math.nan if value is None else value for key, value in line.items()})
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         self._log({"step": step, **metrics})
 
     def _log(self, line: Mapping[str, float]) -> None:
-        # A line a step from 0: what the server has are the lines before its next one.
+        # There is one line per step from 0 on: the server has those before ``starting_step``.
         if line["step"] >= self._run.starting_step:
             self._run.log(dict(line))
 
@@ -114,24 +123,21 @@ class WandbTracker(Tracker):
         self._run.summary.update(dict(result))
         for name in FILES:
             if (self._folder / name).exists():
-                # A link, which is W&B's way, is followed by a warning on every run.
+                # W&B would link to the file instead, and warn about that in every run.
                 copy = shutil.copy(self._folder / name, self._run.dir)
                 self._run.save(copy, base_path=self._run.dir, policy="now")
         self._run.finish(exit_code=int(failed))
 
 
 def wandb_mode() -> tuple[Any, str]:
-    """(mode, why it is offline): what WANDB_MODE says, else online with a key and a network."""
+    """The mode, and why it is offline: WANDB_MODE if set, else online with a key and a network."""
     import wandb
 
     if mode := os.environ.get("WANDB_MODE"):
         return mode, f"WANDB_MODE is {mode}"
     if not wandb.setup().settings.api_key:
         return "offline", "no API key (wandb login)"
-    server = urlsplit(str(wandb.setup().settings.base_url))
-    port = server.port or {"http": 80}.get(server.scheme, 443)
-    try:
-        socket.create_connection((server.hostname or "", port), timeout=5).close()
-    except OSError:
-        return "offline", f"{server.hostname} cannot be reached"
+    server = str(wandb.setup().settings.base_url)
+    if connection_error(server):
+        return "offline", f"{urlsplit(server).hostname} cannot be reached"
     return "online", ""

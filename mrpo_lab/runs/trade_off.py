@@ -1,6 +1,7 @@
-"""The trade-off between aspects: one policy under many lambdas, or several policies.
+"""The trade-off between aspects: how well policies rank replies by each aspect, at many lambdas.
 
-A table has a row for every policy, lambda, aspect, kind of score and metric, and its ``value``.
+A trade-off is a list of rows, one for each policy, lambda, aspect, metric, and kind of score that
+replies are ranked by (reward or logp), with the ``value`` of the metric.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from rich.table import Table
 
+from mrpo_lab.console import text_table
 from mrpo_lab.storage.files import write_parquet
 
 Rows = Sequence[Mapping[str, Any]]
@@ -20,16 +23,17 @@ LAMBDA = "lambda/"
 
 
 def named_lambda(aspects: Sequence[str], weights: Iterable[float]) -> dict[str, float]:
-    """Lambda as runs log it."""
+    """Lambda under the names that runs log it by, ``lambda/ASPECT``."""
     return {f"{LAMBDA}{a}": float(w) for a, w in zip(aspects, weights, strict=True)}
 
 
 def write_trade_off(path: Path, rows: Rows) -> None:
+    """Write the rows as a parquet file."""
     write_parquet(path, pa.Table.from_pylist([dict(row) for row in rows]))
 
 
 def curves(rows: Rows, metric: str, ranked_by: str = "reward") -> dict[str, np.ndarray]:
-    """Policy to its points (P, A): the metric on each aspect, a point a lambda."""
+    """For each policy its points (P, A): the metric on each of A aspects at each of P lambdas."""
     points: dict[str, dict[tuple[Any, ...], dict[str, float]]] = defaultdict(dict)
     aspects = list(dict.fromkeys(row["aspect"] for row in rows))
     for row in rows:
@@ -43,16 +47,17 @@ def curves(rows: Rows, metric: str, ranked_by: str = "reward") -> dict[str, np.n
 
 
 def hypervolumes(rows: Rows, metric: str, ranked_by: str = "reward") -> dict[str, float]:
-    """Policy to the volume between 0 and its curve: what some lambda reaches on all aspects at
-    once, at most 1."""
+    """Hypervolume of each policy's curve, at most 1; large if some lambda serves all aspects."""
     return {
         policy: hypervolume(points) for policy, points in curves(rows, metric, ranked_by).items()
     }
 
 
 def hypervolume(points: np.ndarray) -> float:
-    """Volume of the union of the boxes between 0 and each of the points (P, A), by slicing along
-    the last axis (Zitzler & Thiele 1999)."""
+    """Volume of the union of the boxes between 0 and each of the points (P, A).
+
+    Computed by slicing along the last axis (Zitzler and Thiele 1999).
+    """
     points = np.clip(np.asarray(points, dtype=float), 0, None)
     points = points[[not _dominated(point, points) for point in points]]
     if points.shape[1] == 1 or not len(points):
@@ -71,23 +76,13 @@ def _dominated(point: np.ndarray, points: np.ndarray) -> bool:
     return bool(((points >= point).all(1) & (points > point).any(1)).any())
 
 
-def table(rows: Rows, metrics: Iterable[str]) -> str:
-    """For the terminal: of each policy the hypervolume and the best value on each aspect."""
+def trade_off_table(rows: Rows, metrics: Iterable[str]) -> Table:
+    """For the terminal: the hypervolume of each policy and its best value on each aspect."""
     aspects = list(dict.fromkeys(row["aspect"] for row in rows))
-    lines = []
+    numbers = ("volume", *(f"best {aspect}" for aspect in aspects))
+    table = text_table("by reward", "policy", *numbers, right=numbers)
     for metric in metrics:
-        lines.append(f"{metric + ' by reward':<28}{'volume':>8}" + _columns(aspects))
         for policy, points in curves(rows, metric).items():
-            best = "".join(
-                f"{value:>{_width(a)}.3f}" for a, value in zip(aspects, points.max(0), strict=True)
-            )
-            lines.append(f"  {policy:<26}{hypervolume(points):>8.3f}{best}")
-    return "\n".join(lines)
-
-
-def _columns(aspects: Sequence[str]) -> str:
-    return "".join(f"{'best ' + aspect:>{_width(aspect)}}" for aspect in aspects)
-
-
-def _width(aspect: str) -> int:
-    return len(aspect) + 7
+            values = (hypervolume(points), *points.max(0))
+            table.add_row(metric, policy, *(f"{value:.3f}" for value in values))
+    return table

@@ -1,6 +1,7 @@
-"""Attention over a pack: a reply sees its prompt and itself, nothing of other replies or items.
+"""Attention over a packed row: a reply attends to its prompt and itself, and to nothing else.
 
-``transformers`` lets a model's attention be replaced by name; all else of the model stays its own.
+transformers lets the attention of a model be replaced by name; the rest of the model is its own.
+This is the only module that touches private names of transformers.
 """
 
 from __future__ import annotations
@@ -24,21 +25,22 @@ from mrpo_lab.scoring.packing import Layout, Segment
 
 PREFIX = "packed_or_"
 WHOLE = 256
-"""Tokens up to which an item is one block: fewer, larger products, though half are of no use."""
+"""Items of at most this many tokens are one block. That computes twice the scores that are needed,
+but in fewer and larger matrix products."""
 BLOCK = 128
-"""Queries of a longer item at once. Keys after them are skipped; scores stay in the processor's
-cache."""
+"""Number of queries in a block of a longer item. Keys after the block are skipped, and its scores
+fit into the processor's cache."""
 
 ALIGNED = 64
-"""Slices that begin at a multiple of it are not slower than whole rows."""
+"""The mask is added from a multiple of this many keys on: unaligned slices are slower."""
 
-# What a model may ask of its attention that is not done here; the model is then scored plainly.
-UNKNOWN = ("s_aux", "position_bias")
+UNSUPPORTED = ("s_aux", "position_bias")
+"""Arguments of transformers' attention interface that are not implemented here."""
 
 
 def install(config: Any) -> None:
-    """Let a model with this ``config`` attend to packs when it is given a ``layout``; without one
-    it attends as before."""
+    """Make a model with this ``config`` use packed attention whenever it is called with a
+    ``layout``, and its own attention otherwise."""
     own = config._attn_implementation
     name = f"{PREFIX}{own}"
     AttentionInterface.register(name, partial(packed_or_own, own))
@@ -47,21 +49,22 @@ def install(config: Any) -> None:
 
 
 def uninstall(config: Any) -> None:
+    """Undo ``install``."""
     config._attn_implementation_internal = config._attn_implementation.removeprefix(PREFIX)
 
 
 def packed_or_own(
-    own: str, module: nn.Module, *heads: Any, layout: Layout | None = None, **how: Any
+    own: str, module: nn.Module, *heads: Any, layout: Layout | None = None, **options: Any
 ) -> tuple[Tensor, Tensor | None]:
-    """``transformers``' attention interface."""
+    """The function that transformers calls for each layer's attention; ``own`` is the model's."""
     if layout is not None:
         query, key, value, _ = heads
-        return packed_attention(query, key, value, layout, **how), None
-    if own == "eager":  # each model file has its own, of this name
+        return packed_attention(query, key, value, layout, **options), None
+    if own == "eager":  # every model file has a function of this name
         attend = sys.modules[type(module).__module__].eager_attention_forward
     else:
         attend = ALL_ATTENTION_FUNCTIONS[own]
-    attended: tuple[Tensor, Tensor | None] = attend(module, *heads, **how)
+    attended: tuple[Tensor, Tensor | None] = attend(module, *heads, **options)
     return attended
 
 
@@ -77,38 +80,42 @@ def packed_attention(
     softcap: float | None = None,
     **other: Any,
 ) -> Float[Tensor, "1 N H D"]:
-    """Attention within the layout; G divides H where heads share keys and values.
+    """softmax(q k^T scaling) v over the keys that ``layout`` lets each query see.
+
+    H query heads share G key and value heads, where G divides H.
 
     Raises:
-        NotImplementedError: the model wants something that this attention does not do.
+        NotImplementedError: the model uses dropout or another option that is not implemented here.
     """
-    unknown = [name for name in UNKNOWN if other.get(name) is not None]
-    if unknown or dropout:
-        raise NotImplementedError(f"attention has {unknown[0] if unknown else 'dropout'}")
-    how = How(
+    unsupported = [name for name in UNSUPPORTED if other.get(name) is not None]
+    if unsupported or dropout:
+        raise NotImplementedError(f"attention has {unsupported[0] if unsupported else 'dropout'}")
+    options = AttentionOptions(
         scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
         window=sliding_window or layout.tokens,
         softcap=softcap,
     )
-    attended = block_attention(query[0], key[0], value[0], layout, how)
+    attended = block_attention(query[0], key[0], value[0], layout, options)
     return attended.transpose(0, 1)[None]
 
 
-class How(NamedTuple):
-    """What a layer's attention is like."""
+class AttentionOptions(NamedTuple):
+    """Options of one layer's attention."""
 
     scale: float
+    """Factor of the products of queries and keys."""
     window: int
-    """How many positions back a query sees, its own included."""
+    """Number of positions that a query sees, counted back from its own, which is included."""
     softcap: float | None
-    """Bound of the scores, reached by tanh."""
+    """If given, scores are ``softcap * tanh(scores / softcap)``."""
 
 
 class BlockAttention(torch.autograd.Function):
-    """softmax(q k' scale) v, block by block, of which nothing is kept.
+    """softmax(q k^T scale) v, block by block; no scores are kept for the backward pass.
 
-    Forward by torch's fused kernel. Its backward pass does not use a processor's bfloat16: that is
-    done by plain matrix products, twice as fast or more, with the softmax computed again.
+    The forward pass uses torch's fused kernel. The backward pass computes the softmax again and
+    uses plain matrix products: torch's fused one does not use the bfloat16 instructions of a CPU
+    and takes twice as long or more.
     """
 
     @staticmethod
@@ -118,42 +125,46 @@ class BlockAttention(torch.autograd.Function):
         key: Float[Tensor, "G N D"],
         value: Float[Tensor, "G N D"],
         layout: Layout,
-        how: How,
+        options: AttentionOptions,
     ) -> Float[Tensor, "H N D"]:
-        ctx.how, ctx.blocks = how, blocks(layout, how.window, query.dtype, query.device)
+        ctx.options = options
+        ctx.blocks = blocks(layout, options.window, query.dtype, query.device)
         ctx.save_for_backward(query, key, value)
-        # Laid out by token, as the projection that follows reads it.
+        # In memory tokens come before heads, as the projection that follows reads them.
         out = query.new_empty(query.shape[1], query.shape[0], value.shape[-1]).transpose(0, 1)
         for block in ctx.blocks:
             q, k, v = query[:, block.rows], block.keys(key), block.keys(value)
-            if how.softcap is None:
+            if options.softcap is None:
                 out[:, block.rows] = nn.functional.scaled_dot_product_attention(
-                    q[None], k[None], v[None], block.mask, scale=how.scale, enable_gqa=True
+                    q[None], k[None], v[None], block.mask, scale=options.scale, enable_gqa=True
                 )[0]
             else:
-                p = block.softmax(_scores(block.queries(query, len(key)) * how.scale, k, how))
+                scaled = block.queries(query, len(key)) * options.scale
+                p = block.softmax(_scores(scaled, k, options.softcap))
                 out[:, block.rows] = (p @ v).reshape(len(query), -1, value.shape[-1])
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value = ctx.saved_tensors
-        how: How = ctx.how
-        query = query * how.scale
+        options: AttentionOptions = ctx.options
+        query = query * options.scale
         dquery = torch.empty_like(query)
         dkey, dvalue = torch.zeros_like(key), torch.zeros_like(value)
         for block in ctx.blocks:
             q, k, v = block.queries(query, len(key)), block.keys(key), block.keys(value)
             dout = block.queries(grads[0], len(key))
-            scores = _scores(q, k, how)
-            slope = None if how.softcap is None else 1 - (scores / how.softcap).square()
+            scores = _scores(q, k, options.softcap)
+            slope = None
+            if options.softcap is not None:  # the derivative of tanh
+                slope = 1 - (scores / options.softcap).square()
             p, dp = block.softmax(scores), dout @ v.transpose(1, 2)
             ds = _softmax_backward(dp, p, -1, p.dtype, grad_input=dp)
             ds = ds if slope is None else ds.mul_(slope)
             dquery[:, block.rows] = (ds @ k).reshape(len(query), -1, query.shape[-1])
             block.add(dkey, ds.transpose(1, 2) @ q)
             block.add(dvalue, p.transpose(1, 2) @ dout)
-        return dquery.mul_(how.scale), dkey, dvalue, None, None
+        return dquery.mul_(options.scale), dkey, dvalue, None, None
 
 
 _softmax_backward = torch.ops.aten._softmax_backward_data.out
@@ -162,33 +173,37 @@ block_attention: Callable[..., Tensor] = BlockAttention.apply
 
 @dataclass(frozen=True)
 class Block:
-    """Some queries of one item, and the keys that they see."""
+    """m queries of one item and the S keys that they may see, as slices of the packed row."""
 
     rows: slice
+    """The queries."""
     prefix: slice
+    """Keys in the shared part of the prompt, if it lies outside ``own``."""
     own: slice
-    """Keys: tokens that stand elsewhere in the item, then those among the queries."""
+    """Keys in the queries' own segment."""
     mask: Float[Tensor, "m S"]
-    """-inf where a query must not look, else 0."""
+    """Added to the scores: -inf where a query must not see a key, else 0."""
     first: int
-    """All queries may look at the keys before this one."""
+    """Index of a key; every query sees all keys before it, so that the mask there is 0."""
 
     def queries(self, heads: Float[Tensor, "H N D"], groups: int) -> Float[Tensor, "G m D"]:
-        """Of the H // G heads that share keys, one after the other."""
+        """The block's queries, those of the H // G heads that share keys one after the other."""
         return heads[:, self.rows].reshape(groups, -1, heads.shape[-1])
 
     def keys(self, heads: Float[Tensor, "G N D"]) -> Float[Tensor, "G S D"]:
+        """The block's keys, or values."""
         own = heads[:, self.own]
         return torch.cat([heads[:, self.prefix], own], dim=1) if self._shared else own
 
     def add(self, heads: Float[Tensor, "G N D"], gradient: Float[Tensor, "G S D"]) -> None:
-        """The inverse of ``keys``."""
+        """Add the gradient of ``keys(heads)`` to the gradient of ``heads``, in place."""
         if self._shared:
             heads[:, self.prefix].add_(gradient[:, : self._shared])
         heads[:, self.own].add_(gradient[:, self._shared :])
 
     def softmax(self, scores: Float[Tensor, "G m S"]) -> Float[Tensor, "G m S"]:
-        """Over the keys that each query may see, in place; torch computes 16 bits' in float32."""
+        """The softmax over the keys that each query sees, in place. torch computes it in float32,
+        also for ``scores`` in 16 bits."""
         by_query = scores.view(len(scores), -1, *self.mask.shape)
         by_query[..., self.first :].add_(self.mask[:, self.first :])
         return torch.softmax(scores, -1, out=scores)
@@ -198,17 +213,17 @@ class Block:
         return int(self.prefix.stop - self.prefix.start)
 
 
-@lru_cache(maxsize=8)  # all layers of a pass ask for the same, and so does its backward pass
+@lru_cache(maxsize=8)  # all layers of a pass and of its backward pass ask for the same
 def blocks(
     layout: Layout, window: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[Block, ...]:
-    """All queries of the layout: a short item's at once, a long one's some at a time."""
+    """The blocks of a packed row: one for each short item, several for a long one."""
     found = []
     for _, group in groupby(layout.segments, key=lambda segment: segment.prefix_start):
         item = tuple(group)
-        all_of_it = slice(item[0].start, item[-1].start + item[-1].length)
-        short = all_of_it.stop - all_of_it.start <= WHOLE
-        spans = [(all_of_it, slice(0, 0), all_of_it)] if short else _spans(item, window)
+        whole = slice(item[0].start, item[-1].start + item[-1].length)
+        short = whole.stop - whole.start <= WHOLE
+        spans = [(whole, slice(0, 0), whole)] if short else _spans(item, window)
         for rows, prefix, own in spans:
             hidden = _hidden(item, rows, np.r_[prefix, own], window)
             first = int(hidden.any(0).argmax()) if hidden.any() else hidden.shape[1]
@@ -218,11 +233,12 @@ def blocks(
 
 
 def _spans(item: tuple[Segment, ...], window: int) -> Iterator[tuple[slice, slice, slice]]:
-    """(queries, keys of the prefix, keys of their own segment) of a long item."""
+    """(queries, keys in the prefix, keys in their own segment) of each block of a long item."""
     for prefix_start, prefix, start, length in item:
         for first in range(0, length, BLOCK):
             last = min(length, first + BLOCK)
-            oldest = max(0, prefix + first - window + 1)  # position of the first key in the window
+            # Position of the first key in the first query's window.
+            oldest = max(0, prefix + first - window + 1)
             yield (
                 slice(start + first, start + last),
                 slice(prefix_start + min(oldest, prefix), prefix_start + prefix),
@@ -233,7 +249,8 @@ def _spans(item: tuple[Segment, ...], window: int) -> Iterator[tuple[slice, slic
 def _hidden(
     item: tuple[Segment, ...], rows: slice, keys: np.ndarray, window: int
 ) -> Bool[np.ndarray, "m S"]:
-    """Which keys (places in the pack) the queries ``rows`` must not look at."""
+    """Whether query i of ``rows`` must not see key j of ``keys``; both are indices into the packed
+    row."""
     lengths = [segment.length for segment in item]
     position = np.concatenate([segment.prefix + np.arange(segment.length) for segment in item])
     prefix = np.repeat([segment.prefix for segment in item], lengths)
@@ -245,6 +262,8 @@ def _hidden(
     return hidden
 
 
-def _scores(q: Float[Tensor, "G m D"], k: Float[Tensor, "G S D"], how: How) -> Tensor:
+def _scores(
+    q: Float[Tensor, "G m D"], k: Float[Tensor, "G S D"], softcap: float | None
+) -> Float[Tensor, "G m S"]:
     scores = q @ k.transpose(1, 2)
-    return scores if how.softcap is None else how.softcap * torch.tanh(scores / how.softcap)
+    return scores if softcap is None else softcap * torch.tanh(scores / softcap)

@@ -1,4 +1,4 @@
-"""From hidden states to the log-probabilities of reply tokens, with few logits in memory."""
+"""The output embedding: from hidden states to log-probabilities of reply tokens, in chunks."""
 
 from __future__ import annotations
 
@@ -12,30 +12,36 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 LOGITS_AT_ONCE = {"cpu": 2**23, "cuda": 2**28}
-"""Positions x vocabulary. With fewer, the head's weights are read more often."""
+"""Chunk size of the projection: number of logits (positions times vocabulary) in memory at once.
+Smaller chunks read the projection's weights more often."""
 WIDE_AT_ONCE = {"cpu": 2**20, "cuda": 2**26}
-"""Of them, those that are taken through the softmax at once, in float32: 4 MiB, which a processor's
-cache holds, and 256 MiB."""
+"""Chunk size of the float32 softmax, in logits: 4 MiB, which fit into a processor's cache, and
+256 MiB on a GPU."""
 
 
 def widened(logits: Tensor) -> Tensor:
-    """In float32, or float64 where the model is: a softmax in 16 bits loses what margins are."""
+    """``logits`` in float32, or in float64 if they are: differences between replies are as small as
+    the rounding of a softmax in 16 bits."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 @dataclass(frozen=True)
 class Head:
-    """The output embedding, with the two adjustments that model families make."""
+    """The output embedding, with the scale and the soft cap that some model families add."""
 
     projection: nn.Module
     vocabulary: int
+    """Number of logits, V."""
     scale: float = 1.0
+    """Factor of the logits."""
     softcap: float | None = None
+    """If given, logits are ``softcap * tanh(logits / softcap)``, after scaling."""
 
     def __call__(self, hidden: Float[Tensor, "*n H"]) -> Float[Tensor, "*n V"]:
         return self.adjusted(self.projection(hidden))
 
     def adjusted(self, projected: Float[Tensor, "*n V"]) -> Float[Tensor, "*n V"]:
+        """The model's logits from the projection's output."""
         logits = widened(projected)
         if self.scale != 1.0:
             logits = logits * self.scale
@@ -44,15 +50,15 @@ class Head:
     def token_logps(
         self, hidden: Float[Tensor, "n H"], targets: Int[Tensor, " n"]
     ) -> Float[Tensor, " n"]:
-        """log softmax(logits)[target] in nats; the (n, V) logits are never held whole."""
+        """log softmax(logits)[target] in nats; the whole (n, V) logits are never in memory."""
         if not torch.is_grad_enabled():
-            return torch.cat([self._logps(*piece) for piece in self._pieces(hidden, targets)])
+            return torch.cat([self._logps(*chunk) for chunk in self._chunks(hidden, targets)])
         if not any(weight.requires_grad for weight in self.projection.parameters()):
             return _frozen_head(hidden, targets, self)
         return torch.cat(
             [
-                checkpoint(self._logps, *piece, use_reentrant=False)
-                for piece in self._pieces(hidden, targets)
+                checkpoint(self._logps, *chunk, use_reentrant=False)
+                for chunk in self._chunks(hidden, targets)
             ]
         )
 
@@ -60,19 +66,23 @@ class Head:
         parts = self._split(WIDE_AT_ONCE, self.projection(hidden), targets)
         return torch.cat([log_softmax_at(self.adjusted(part), wanted) for part, wanted in parts])
 
-    def _pieces(self, hidden: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    def _chunks(self, hidden: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         return self._split(LOGITS_AT_ONCE, hidden, targets)
 
     def _split(
         self, at_once: Mapping[str, int], rows: Tensor, targets: Tensor
     ) -> Iterator[tuple[Tensor, Tensor]]:
+        """``rows`` and ``targets`` in chunks that make ``at_once`` logits on their device."""
         size = max(1, at_once[rows.device.type] // self.vocabulary)
         return zip(rows.split(size), targets.split(size), strict=True)
 
 
 class LogSoftmaxAt(torch.autograd.Function):
-    """log softmax(logits)[target], exact to a few roundings: torch's own sums exponentials in an
-    order that loses 1e-5 nats a token over a large vocabulary, always to the same side."""
+    """log softmax(logits)[target], exact to a few roundings.
+
+    torch.log_softmax sums the exponentials of a large vocabulary in an order that loses 1e-5 nats
+    per token, always in the same direction.
+    """
 
     @staticmethod
     def forward(
@@ -97,24 +107,28 @@ log_softmax_at: Callable[..., Tensor] = LogSoftmaxAt.apply
 
 
 class _FrozenHead(torch.autograd.Function):
-    """A token's log-probability depends on its own hidden state only, so that state's gradient is
-    known, but for one factor, as soon as the logits are: they need not be computed again."""
+    """``Head.token_logps`` for weights that are not trained: logits are computed only once.
+
+    A token's log-probability depends on its own hidden state only. So the gradient with respect to
+    that state is taken in the forward pass, while the logits are in memory; the backward pass
+    multiplies it by the incoming gradient.
+    """
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, targets: Tensor, head: Head) -> Tensor:
         logps: list[Tensor] = []
         slopes: list[Tensor] = []
-        for piece, wanted in head._pieces(hidden.detach(), targets):
+        for chunk, wanted in head._chunks(hidden.detach(), targets):
             with torch.enable_grad():
-                projected = head.projection(piece.requires_grad_())
-            # Each logit's slope is written where the logit was.
+                projected = head.projection(chunk.requires_grad_())
+            # The gradient with respect to each logit is written over the logit.
             for part, at in head._split(WIDE_AT_ONCE, projected.detach(), wanted):
                 with torch.enable_grad():
                     found = log_softmax_at(head.adjusted(part.requires_grad_()), at)
                     (slope,) = torch.autograd.grad(found.sum(), part)
                 part.detach().copy_(slope)
                 logps.append(found.detach())
-            slopes.extend(torch.autograd.grad(projected, piece, projected.detach()))
+            slopes.extend(torch.autograd.grad(projected, chunk, projected.detach()))
         ctx.save_for_backward(torch.cat(slopes))
         return torch.cat(logps)
 

@@ -1,7 +1,7 @@
-"""Items as one row without padding: each prompt once, then its replies, item after item.
+"""Packing: many items as one row without padding, each prompt once, followed by its replies.
 
-A pair's prompt is computed once instead of twice (Prefix Sharing, arXiv 2410.20305), and no
-position is spent on padding. ``attention`` lets each reply see its prompt and itself.
+The prompt of a pair is computed once instead of twice (Prefix Sharing, arXiv 2410.20305), and no
+position is spent on padding. ``attention`` lets each reply attend to its prompt and itself only.
 """
 
 from __future__ import annotations
@@ -19,62 +19,79 @@ from mrpo_lab.data.texts import TokenRow
 
 
 class Segment(NamedTuple):
-    """Consecutive tokens of the pack: an item's prompt with its first reply, or another reply,
-    which continues the ``prefix`` tokens that stand at the item's start."""
+    """Consecutive tokens of a packed row that belong to one reply: the first reply of an item with
+    its prompt, every other reply with what it does not share with the first."""
 
     prefix_start: int
+    """Index of the item's first token, where the prefix begins."""
     prefix: int
+    """Number of tokens that are not repeated here; 0 for the item's first reply."""
     start: int
     length: int
 
 
-class Multiples(NamedTuple):
-    """What an item's tokens, and the pack's, are filled up to a multiple of."""
+class PadToMultipleOf(NamedTuple):
+    """Each item, and the packed row, is padded to a multiple of these numbers of tokens."""
 
     item: int
-    pack: int
+    row: int
 
 
-ONE = Multiples(item=1, pack=1)
-"""Nothing is filled up."""
+NO_PADDING = PadToMultipleOf(item=1, row=1)
 
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """Who sees whom in a pack: all that attention has to know."""
+    """The segments of a packed row: all that attention has to know of it."""
 
     segments: tuple[Segment, ...]
 
     @property
     def tokens(self) -> int:
+        """Length of the packed row."""
         return sum(segment.length for segment in self.segments)
 
 
 @dataclass(frozen=True, slots=True)
 class Pack:
-    """N tokens of several items, with n reply tokens among them."""
+    """A packed row of N tokens, with n reply tokens among them.
+
+    Replies of an item that are token for token the same are computed once, so that not even
+    rounding tells them apart: there are then fewer texts than replies.
+    """
 
     input_ids: Int[Tensor, "1 N"]
     position_ids: Int[Tensor, "1 N"]
     layout: Layout
     predictors: Int[Tensor, " n"]
-    """Where in the pack the token before each reply token stands."""
+    """For each reply token the index in the row of the token before it."""
     targets: Int[Tensor, " n"]
+    """The reply tokens' ids."""
     owners: Int[Tensor, " n"]
-    """To which text, counted through the pack, each reply token belongs."""
+    """For each reply token the index of its text."""
     counts: Int[Tensor, " texts"]
-    """Reply tokens of each."""
+    """Number of reply tokens of each text."""
     replies: Int[Tensor, " replies"]
-    """Which text each reply is: replies of an item that are the same are computed once, so that
-    not even rounding tells them apart."""
+    """For each reply the index of its text."""
 
 
 def pack(
     items: Sequence[tuple[TokenRow, ...]],
     device: torch.device,
-    multiples: Multiples = ONE,
+    pad_to_multiple_of: PadToMultipleOf = NO_PADDING,
 ) -> Pack:
-    """Lay out ``items`` one after the other, filled up by tokens after their last replies."""
+    """Lay out ``items`` one after the other in a single row.
+
+    A prompt p q r with replies A B and C D, padded to 8 tokens, then a prompt s with E and F::
+
+        index      0 1 2 3 4 5 6 7 | 8 9 10
+        token      p q r A B C D D | s E F
+        position   0 1 2 3 4 3 4 4 | 0 1 1
+        segment    0 0 0 0 0 1 1 1 | 2 2 3     1 continues the prefix p q r, 3 the prefix s
+        predicts   . . A B . D . . | E . .     2 predicts C as well, and 8 predicts F
+
+    Padding repeats an item's last token after its last reply, where no other token sees it.
+    """
     ids: list[np.ndarray] = []
     positions: list[np.ndarray] = []
     predictors: list[np.ndarray] = []
@@ -82,29 +99,30 @@ def pack(
     segments: list[Segment] = []
     counts: list[int] = []
     replies: list[int] = []
-    end = 0
+    end = 0  # length of the row so far
     for number, rows in enumerate(items, start=1):
-        first, shared = end, shared_tokens(rows)
-        known: dict[bytes, int] = {}
+        item_start, shared = end, shared_tokens(rows)
+        text_numbers: dict[bytes, int] = {}
         for row in rows:
-            text = row.ids.tobytes()
-            replies.append(known.setdefault(text, len(counts)))
-            if replies[-1] < len(counts):
+            text = text_numbers.setdefault(row.ids.tobytes(), len(counts))
+            replies.append(text)
+            if text < len(counts):  # the same as an earlier reply
                 continue
-            prefix = shared if len(known) > 1 else 0
-            segments.append(Segment(first, prefix, end, len(row.ids) - prefix))
+            prefix = shared if len(text_numbers) > 1 else 0
+            segments.append(Segment(item_start, prefix, end, len(row.ids) - prefix))
             ids.append(row.ids[prefix:])
             positions.append(np.arange(prefix, len(row.ids)))
-            before = np.arange(row.start - 1, len(row.ids) - 1)  # in the row's own positions
-            predictors.append(np.where(before < prefix, first, end - prefix) + before)
+            before = np.arange(row.start - 1, len(row.ids) - 1)  # positions, not yet indices
+            predictors.append(np.where(before < prefix, item_start, end - prefix) + before)
             targets.append(row.ids[row.start :])
             counts.append(row.reply_tokens)
             end += len(row.ids) - prefix
-        spare = -end % (multiples.pack if number == len(items) else multiples.item)
-        ids.append(ids[-1][-1:].repeat(spare))
-        positions.append(positions[-1][-1:].repeat(spare))  # beyond it a model may have none
-        segments[-1] = segments[-1]._replace(length=segments[-1].length + spare)
-        end += spare
+        last = number == len(items)
+        padding = -end % (pad_to_multiple_of.row if last else pad_to_multiple_of.item)
+        ids.append(ids[-1][-1:].repeat(padding))
+        positions.append(positions[-1][-1:].repeat(padding))  # a model may have no later position
+        segments[-1] = segments[-1]._replace(length=segments[-1].length + padding)
+        end += padding
 
     def tensor(parts: Sequence[np.ndarray]) -> Tensor:
         return torch.from_numpy(np.concatenate(parts).astype(np.int64)).to(device)
@@ -122,7 +140,7 @@ def pack(
 
 
 def shared_tokens(rows: Sequence[TokenRow]) -> int:
-    """How many tokens of an item's rows are the same in all of them, and no reply's."""
+    """Number of leading tokens that all rows of an item share and that belong to no reply."""
     limit = min(row.start for row in rows)
     first = rows[0].ids[:limit]
     for row in rows[1:]:
@@ -132,26 +150,29 @@ def shared_tokens(rows: Sequence[TokenRow]) -> int:
 
 
 def packed_tokens(rows: Sequence[TokenRow]) -> int:
-    """Tokens that an item takes in a pack."""
+    """Number of tokens of an item in a packed row, without padding."""
     texts = {row.ids.tobytes(): row for row in rows}.values()
     shared = shared_tokens(rows) if len(texts) > 1 else 0
     return shared + sum(len(row.ids) - shared for row in texts)
 
 
 def longest_and_median(costs: Sequence[int] | np.ndarray) -> list[int]:
-    """Indices of two items that stand for all."""
+    """Indices of the costliest item and of the one with the median cost."""
     order = np.argsort(costs, kind="stable")
     return [int(order[-1]), int(order[len(order) // 2])]
 
 
 def balanced(costs: Sequence[int], budget: int) -> list[list[int]]:
-    """Indices in as few groups as ``budget`` allows, of like cost within and about the same sum,
-    costliest first. An index that alone exceeds the budget makes a group of its own."""
+    """Indices of ``costs`` in groups whose costs sum to at most ``budget``, costliest first.
+
+    There are about as few groups as possible, their sums are about the same, and costs within a
+    group are alike. An index that alone exceeds the budget makes a group of its own.
+    """
     groups: list[list[int]] = []
     left, spent, share = sum(costs), 0, 0.0
     for index in sorted(range(len(costs)), key=lambda i: -costs[i]):
         if not groups or spent + costs[index] > budget or spent + costs[index] / 2 > share:
-            share = left / -(-left // budget)  # of the groups that are still to be filled
+            share = left / -(-left // budget)  # mean cost of the groups still to be filled
             groups.append([])
             spent = 0
         groups[-1].append(index)

@@ -1,1 +1,1 @@
-"""Bytes on disk: the cache, tables of numbers, the hub; knows nothing of prompts and replies."""
+"""Bytes on disk: files, the cache, tables of numbers, the hub. Knows no prompts and replies."""

@@ -1,4 +1,4 @@
-"""Where things that many runs share live: reference scores, token counts, embedded models."""
+"""The cache folder, for what many runs share: reference scores, token counts, embedded models."""
 
 import os
 from collections.abc import Iterator
@@ -9,16 +9,16 @@ from mrpo_lab.errors import UserError
 
 
 def root() -> Path:
-    """``$MRPO_LAB_CACHE``, or ``outputs/cache`` below the working directory where it is empty."""
+    """The cache folder: ``$MRPO_LAB_CACHE``, or ``outputs/cache`` if that is unset or empty."""
     return Path(os.environ.get("MRPO_LAB_CACHE") or "outputs/cache")
 
 
 @contextmanager
 def writing() -> Iterator[None]:
-    """Say what to do where writing fails.
+    """Turn an error while writing to the cache into one that says what to do.
 
     Raises:
-        UserError: it did.
+        UserError: the cache's disk is full or cannot be written to.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""Files that many processes read and write."""
+"""Writing files that other processes may be reading."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ if TYPE_CHECKING:
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Readers see the old content or the new, never a part."""
+    """Replace a file atomically: readers see the old content or the new, never a part."""
     draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     draft.write_bytes(content)
     os.replace(draft, path)
 
 
 def write_parquet(path: Path, table: pa.Table) -> None:
-    """The same of a table."""
-    import pyarrow as pa  # not before it is needed: whoever dispatches runs needs none
+    """Replace a parquet file atomically."""
+    import pyarrow as pa  # here, because dispatching runs needs no pyarrow
     import pyarrow.parquet as pq
 
     buffer = pa.BufferOutputStream()

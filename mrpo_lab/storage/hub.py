@@ -1,24 +1,29 @@
-"""The Hugging Face hub, when it can be reached, and what to say when it cannot."""
+"""Access to the Hugging Face hub, and error messages for where it cannot be reached."""
 
 from __future__ import annotations
 
 import functools
 import logging
 import os
-import socket
 from collections.abc import Sequence
 from pathlib import Path
-from urllib.parse import urlsplit
 
-from mrpo_lab.errors import UserError
+from mrpo_lab.errors import UserError, first_line
+from mrpo_lab.storage.network import connection_error
 
 logger = logging.getLogger(__name__)
 
 FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.py"]
+"""The files of a model that are downloaded."""
 
 
 class NotAtHandError(UserError):
-    """Something of the hub is neither in its cache nor can it be fetched."""
+    """A model or data set that is neither in the hub's local cache nor can be downloaded.
+
+    Attributes:
+        name: its name on the hub.
+        reason: why it cannot be downloaded.
+    """
 
     def __init__(self, name: str, reason: str) -> None:
         self.name, self.reason = name, reason
@@ -26,20 +31,23 @@ class NotAtHandError(UserError):
 
 
 def missing(absent: Sequence[NotAtHandError]) -> str:
-    """One line on all that is missing and what to do about it."""
+    """One line that names all that is missing and says what to do."""
     names = ", ".join(dict.fromkeys(error.name for error in absent))
     return (
         f"not in the hub's cache, and {absent[0].reason}: {names}. Give local copies: "
         "dataset.path=FOLDER_OR_FILE for the data; for a model its own path, or "
-        "MRPO_LAB_MODELS=FOLDER with FOLDER/ORGANISATION/NAME in it"
+        "MRPO_LAB_MODELS=FOLDER with FOLDER/ORGANIZATION/NAME in it"
     )
 
 
 @functools.cache
 def use_cache_if_unreachable() -> str | None:
-    """Why the hub cannot be reached, if so; from then on only its local cache is asked.
+    """Switch the hub's clients to their local cache if the hub cannot be reached.
 
-    Its own client would try for half a minute, for every file anew.
+    Without the switch they retry for half a minute for every file.
+
+    Returns:
+        Why the hub cannot be reached, or None if it can be.
     """
     import datasets
     from huggingface_hub import constants
@@ -48,23 +56,20 @@ def use_cache_if_unreachable() -> str | None:
         return "HF_HUB_OFFLINE is set"
     if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY")):
         return None  # only a request through the proxy could tell
-    server = urlsplit(constants.ENDPOINT)
-    port = server.port or {"http": 80}.get(server.scheme, 443)
-    try:
-        socket.create_connection((server.hostname or "", port), timeout=5).close()
-    except OSError as error:
-        # Both libraries read these when they are asked for something, not when imported.
-        constants.HF_HUB_OFFLINE = True
-        datasets.config.HF_HUB_OFFLINE = True
-        return f"the hub cannot be reached ({error.strerror or error})"
-    return None
+    error = connection_error(constants.ENDPOINT)
+    if error is None:
+        return None
+    # Both libraries read these values at each request, not at import.
+    constants.HF_HUB_OFFLINE = True
+    datasets.config.HF_HUB_OFFLINE = True
+    return f"the hub cannot be reached ({error.strerror or error})"
 
 
 def snapshot(name: str, revision: str | None) -> Path:
-    """Folder of a model in the hub's cache, downloaded first if it must be.
+    """The folder of a model in the hub's local cache, after downloading it if needed.
 
     Raises:
-        NotAtHandError: it is not there and cannot be fetched.
+        NotAtHandError: it is not there and cannot be downloaded.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
@@ -81,5 +86,4 @@ def snapshot(name: str, revision: str | None) -> Path:
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=FILES))
     except (LocalEntryNotFoundError, HfHubHTTPError, ConnectionError, OSError) as error:
-        detail = next(iter(str(error).splitlines()), type(error).__name__)
-        raise NotAtHandError(name, f"the hub refused it ({detail})") from error
+        raise NotAtHandError(name, f"the hub refused it ({first_line(error)})") from error

@@ -1,9 +1,10 @@
-"""Numbers per reply, computed once: content-addressed tables that only ever grow.
+"""Append-only tables of numbers per reply, so that each number is computed only once.
 
-A table is a folder of shards. A shard is one safetensors file, written whole under another name
-and renamed, so that readers see all of it or nothing and writers never meet. A row belongs to one
-prompt and one reply, found by the hash of their text: data sets, pools, splits, pairs and lists
-that overlap share their rows. The oldest row counts: a number that was read once never changes.
+A table is a folder of shards, one safetensors file each. A shard is written under a temporary name
+and then renamed: readers see all of it or nothing, and several processes can append at once. Rows
+are addressed by content: the key is a hash of one prompt and one reply, so that overlapping data
+sets, pools, splits, pairs and lists share rows. If rows repeat, the oldest counts: a number never
+changes once it was read.
 """
 
 from __future__ import annotations
@@ -31,24 +32,34 @@ from mrpo_lab.storage.files import write_whole
 logger = logging.getLogger(__name__)
 
 ID = np.dtype("S16")
+"""Type of a row's id, a 16-byte hash."""
 NONE = b""
-"""In place of the id of a reply that a shorter list does not have: its numbers are 0."""
+"""Padding in an array of ids, where a list has fewer replies than others; its numbers are 0."""
 
 
 @dataclass(frozen=True)
 class Table:
-    """Columns of numbers for replies, under a key that holds all that changes them."""
+    """A table on disk: named columns with one number per reply."""
 
     folder: Path
     columns: Mapping[str, str]
-    """Name to numpy dtype; a column holds one number per reply."""
+    """Name to numpy dtype."""
 
     @classmethod
     def open(
         cls, kind: str, name: str, key: Mapping[str, Any], columns: Mapping[str, str]
     ) -> Table:
-        """The table of ``key`` in the cache. ``key.json`` beside its shards says what it is, and
-        under which ``name`` it was first opened, which is no part of the key."""
+        """Open a table in the cache, creating it if needed.
+
+        Args:
+            kind: the folder of the cache it is in, such as ``scores``.
+            name: written to ``key.json`` for people to read; no part of the key.
+            key: everything that the numbers depend on besides the texts.
+            columns: name to numpy dtype.
+
+        Raises:
+            UserError: the cache cannot be written to.
+        """
         content = {**key, "columns": dict(columns)}
         digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
         folder = cache.root() / kind / digest
@@ -60,11 +71,14 @@ class Table:
         return cls(folder, columns)
 
     def read(self, ids: np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray]:
-        """(column name to numbers, found) for ``ids`` of any shape; 0 where not found. ``NONE``
-        counts as found.
+        """Read the numbers of ``ids``, an array of any shape.
+
+        Returns:
+            Column name to numbers in the shape of ``ids``, 0 where there is no row; and whether
+            there is one, in the same shape. ``NONE`` counts as found.
 
         Raises:
-            UserError: a shard is truncated or holds numbers that are not finite.
+            UserError: a shard is damaged or holds numbers that are not finite.
         """
         stored = self._load()
         order = np.argsort(stored["id"], kind="stable")
@@ -77,7 +91,7 @@ class Table:
         return values, found.reshape(ids.shape) | (ids == NONE)
 
     def append(self, ids: np.ndarray, values: Mapping[str, np.ndarray]) -> None:
-        """Add rows as one shard. A row already there may be added again and stays as it is.
+        """Add rows as one new shard. Rows that the table has already keep their numbers.
 
         Raises:
             UserError: a number is not finite.
@@ -90,12 +104,12 @@ class Table:
         shard = {"id": raw.reshape(-1, ID.itemsize)}
         for name, dtype in self.columns.items():
             shard[name] = np.ascontiguousarray(values[name][there], dtype=dtype)
-        name = f"{time.time_ns():020}-{uuid.uuid4().hex}.safetensors"  # sorts by age
+        name = f"{time.time_ns():020}-{uuid.uuid4().hex}.safetensors"  # file names sort by age
         write_whole(self.folder / name, save(shard))
 
     @contextmanager
     def filling(self) -> Iterator[None]:
-        """Held by the one process that fills the table; the others wait here and then read."""
+        """Let one process at a time compute missing rows; others wait here and then read them."""
         lock = FileLock(self.folder / ".lock")
         try:
             lock.acquire(timeout=0)

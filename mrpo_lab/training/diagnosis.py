@@ -1,4 +1,4 @@
-"""Which pair, which reference and which term made a step's loss or gradient infinite or NaN."""
+"""Messages that name the pair, the reference and the term behind a loss that is not finite."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ def explain_loss(
     policy: Scores,
     refs: Scores,
     alpha: Tensor,
+    target: Tensor,
     slugs: Sequence[str],
     names: Sequence[str],
 ) -> str:
-    """The first pair whose loss is not finite, and the first term of it that is not."""
-    values = loss(policy, refs, alpha).loss
+    """Name the first pair whose loss is not finite, and the first term of it that is not."""
+    values = loss(policy, refs, alpha, target).loss
     row = int((~torch.isfinite(values)).nonzero()[0, 0])
     text = f"the loss of {names[row]} is {float(values[row])}"
     logps = policy.logps(loss.length_normalized)[row]
@@ -36,7 +37,7 @@ def explain_loss(
                     reply_names(len(logps)), refs.logps(loss.length_normalized)[row, k], strict=True
                 )
             },
-            "loss against it": loss.by_reference(policy, refs)[row, k],
+            "loss against it": loss.by_reference(policy, refs, target)[row, k],
         }
         for term, value in terms.items():
             if not torch.isfinite(value):
@@ -47,7 +48,7 @@ def explain_loss(
 def explain_weights(
     proportions: Tensor, refs: Scores, slugs: Sequence[str], names: Sequence[str]
 ) -> str:
-    """Which reference a weighting could not weigh, and the pair whose score is the cause."""
+    """Name the reference whose weight is not finite, and the pair whose score is the cause."""
     row, k = (~torch.isfinite(proportions)).nonzero()[0].tolist()
     text = f"the weight of reference {slugs[k]} is {float(proportions[row, k])}"
     for name, sums in zip(names, refs.sums, strict=True):
@@ -62,12 +63,13 @@ def explain_gradient(
     parameters: Mapping[str, nn.Parameter],
     loss: PreferenceLoss,
     refs: Scores,
+    target: Tensor,
     slugs: Sequence[str],
     names: Sequence[str],
 ) -> str:
     """Run each pair of the batch alone to find the one whose gradient is not finite.
 
-    Every process runs all of them: the main one, which reports, may not have had the pair.
+    Every process runs all of them, because the main one, which reports, may not have had the pair.
     """
     for row, pair in enumerate(names):
         for parameter in parameters.values():
@@ -75,7 +77,7 @@ def explain_gradient(
         policy = backward_alone(row).to(torch.device("cpu"))
         for name, parameter in parameters.items():
             if parameter.grad is not None and not bool(torch.isfinite(parameter.grad).all()):
-                by_reference = loss.by_reference(policy, refs[slice(row, row + 1)])[0]
+                by_reference = loss.by_reference(policy, refs[[row]], target[[row]])[0]
                 worst = int(by_reference.abs().argmax())
                 return (
                     f"the gradient of {pair} is not finite in {name}; its largest loss is "

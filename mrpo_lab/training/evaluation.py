@@ -1,9 +1,8 @@
-"""What the policy makes of the data at one moment: scores, accuracy, rankings, the trade-off."""
+"""What the current policy makes of the data: scores, accuracy, rankings, the trade-off."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,60 +10,18 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mrpo_lab.data.texts import Replies
 from mrpo_lab.models.policy import Policy
-from mrpo_lab.objective.labels import PREFERENCE, Labels
 from mrpo_lab.objective.losses import PreferenceLoss, listwise
 from mrpo_lab.objective.ranking import rank
 from mrpo_lab.objective.scores import Scores
 from mrpo_lab.runs.trade_off import named_lambda
+from mrpo_lab.training.inputs import Data
 from mrpo_lab.training.score_cache import ScoreCache
 from mrpo_lab.training.workers import Workers
 
-Tokenize = Callable[[Sequence[int], list[float]], list[Replies]]
-"""The policy's token rows of pool indices under a lambda."""
-
-
-@dataclass(frozen=True)
-class Data:
-    """What the loop is given: the policy's tokens and reference scores, by pool index."""
-
-    tokenize: Tokenize
-    refs: Scores
-    """(N, K, R) on the CPU, float64 sums."""
-    labels: Labels
-    slugs: list[str]
-    train: np.ndarray
-    val: np.ndarray
-    test: np.ndarray
-    ids: np.ndarray
-    """(N, R) reply ids."""
-    names: Callable[[int], str]
-    """How to call a pair in a message."""
-    fingerprint: str
-    told: bool = False
-    """Whether the policy's tokens say what lambda is."""
-
-    @property
-    def lists(self) -> bool:
-        """Whether replies are rated by aspects, rather than chosen and rejected."""
-        return self.labels.aspects != [PREFERENCE]
-
-    def target(self, items: Sequence[int], weights: Float[Tensor, " A"]) -> Float[Tensor, "B R"]:
-        """What lambda asks for."""
-        return self.labels[items].mix(weights)
-
-    def references(self, items: Sequence[int], weights: Float[Tensor, " A"]) -> Scores:
-        """(B, K, R), judged by lambda."""
-        return self.refs[list(items)].labelled(self.target(items, weights))
-
-    def tokens(self, items: Sequence[int], weights: Float[Tensor, " A"]) -> list[Replies]:
-        """The policy's token rows under lambda."""
-        return self.tokenize(items, weights.tolist())
-
 
 class Evaluation:
-    """The policy's scores as it is now; nothing is scored twice between two steps."""
+    """Evaluates the policy as it is now; no item is scored twice between two optimizer steps."""
 
     def __init__(
         self,
@@ -73,40 +30,51 @@ class Evaluation:
         loss: PreferenceLoss,
         workers: Workers,
         token_budget: int,
-        centre: Float[Tensor, " A"],
+        mean_lambda: Float[Tensor, " A"],
     ) -> None:
-        """``centre``: the lambda that data are judged by unless another one is given."""
+        """
+        Args:
+            token_budget: tokens in one forward pass; changes memory and speed, never a result.
+            mean_lambda: the lambda by which replies are judged where no other one is given.
+        """
         self.policy, self.data, self.loss, self.workers = policy, data, loss, workers
-        self.centre, self._token_budget = centre, token_budget
-        self._known = ScoreCache.none(len(data.labels), data.refs.sums.shape[-1])
-        self._told: list[float] | None = None
+        self.mean_lambda, self._token_budget = mean_lambda, token_budget
+        self._cache = ScoreCache.empty(len(data.labels), data.refs.sums.shape[-1])
+        self._cached_lambda: list[float] | None = None
 
     def forget(self) -> None:
-        """The policy has changed."""
-        self._known.forget()
+        """Drop cached scores, because the policy has changed."""
+        self._cache.clear()
 
-    def score(self, items: np.ndarray, weights: Float[Tensor, " A"] | None = None) -> Scores:
-        """The policy's scores (B, R) of pool indices, without gradients, shared out over
-        processes."""
-        weights = self.centre if weights is None else weights
-        if self.data.told and self._told != weights.tolist():
-            self._known.forget()
-            self._told = weights.tolist()
-        unknown = self._known.lacks(items)
-        if len(unknown):
-            mine = self.workers.share(len(unknown))
-            rows = self.data.tokens([int(unknown[i]) for i in mine], weights)
+    def score(self, indices: np.ndarray, lambda_: Float[Tensor, " A"] | None = None) -> Scores:
+        """The policy's scores (B, R) of pool indices, computed without gradients by all processes.
+
+        A policy that is conditioned on lambda is given ``lambda_`` (default: the mean lambda).
+        """
+        lambda_ = self.mean_lambda if lambda_ is None else lambda_
+        if self.data.tokens.conditioned and self._cached_lambda != lambda_.tolist():
+            self._cache.clear()
+            self._cached_lambda = lambda_.tolist()
+        missing = self._cache.missing(indices)
+        if len(missing):
+            mine = self.workers.share(len(missing))
+            rows = self.data.tokens.rows([int(missing[i]) for i in mine], lambda_)
             scored = [self.policy.scorer.score(rows, self._token_budget)] if rows else []
-            self._known.add(unknown, self.gather(scored, mine, len(unknown)))
-        target = self.data.target(items.tolist(), weights)
-        return self._known.scores[items.tolist()].labelled(target)
+            self._cache.add(missing, self.gather(scored, mine, len(missing)))
+        return self._cache.scores[indices.tolist()]
 
     def gather(self, scored: Sequence[Scores], mine: Sequence[int], total: int) -> Scores:
-        """The scores of ``mine`` and of all other processes, in the batch's order, on the CPU."""
+        """Collect the scores of all processes, in the batch's order, on the CPU.
+
+        Args:
+            scored: this process's scores, in parts whose longest list may differ.
+            mine: the rows of the batch that they are of.
+            total: rows of the whole batch.
+        """
         width = self.data.refs.sums.shape[-1]
         sums, counts = torch.zeros(len(mine), width).double(), torch.zeros(len(mine), width).long()
         end = 0
-        for part in scored:  # whose longest list may be shorter
+        for part in scored:
             rows, replies = part.sums.shape
             sums[end : end + rows, :replies] = part.sums.cpu().double()
             counts[end : end + rows, :replies] = part.counts.cpu()
@@ -115,70 +83,84 @@ class Evaluation:
             self.workers.gather(sums, mine, total), self.workers.gather(counts, mine, total)
         )
 
+    def target(self, indices: np.ndarray) -> Float[Tensor, "B R"]:
+        """How much each reply is to be preferred under the mean lambda."""
+        return self.data.target(indices.tolist(), self.mean_lambda)
+
     def accuracy(self) -> dict[str, float]:
-        """Length-normalised preference accuracy on val and test, without any reference term."""
+        """Length-normalized preference accuracy on val and test, without any reference term."""
         splits = {"val": self.data.val, "test": self.data.test}
         self.score(np.concatenate(list(splits.values())))  # in one pass
         return {
-            f"{name}/accuracy": float(self.score(items).accuracy())
-            for name, items in splits.items()
+            f"{name}/accuracy": float(self.score(indices).accuracy(self.target(indices)))
+            for name, indices in splits.items()
         }
 
     def probe(self, *subsets: np.ndarray) -> list[float]:
-        """The policy's accuracy now on each of several subsets of val, scored in one pass."""
+        """The policy's current accuracy on each of several subsets of val, scored in one pass."""
         parts = [self.data.val[subset] for subset in subsets]
         self.score(np.concatenate(parts))
-        return [float(self.score(part).accuracy()) for part in parts]
+        return [float(self.score(part).accuracy(self.target(part))) for part in parts]
 
     def rewards(
-        self, policy: Scores, items: np.ndarray, alpha: Float[Tensor, " K"]
+        self,
+        policy: Scores,
+        indices: np.ndarray,
+        alpha: Float[Tensor, " K"],
+        target: Float[Tensor, "B R"],
     ) -> Float[Tensor, "B R"]:
-        """Implicit rewards against the references, weighted by ``alpha`` for all alike."""
-        refs = self.data.refs[items.tolist()].labelled(policy.labels)
-        return self.loss(policy, refs, alpha.expand(len(items), -1)).rewards
+        """Implicit rewards of replies, with the same ``alpha`` for all prompts."""
+        refs = self.data.refs[indices.tolist()]
+        return self.loss(policy, refs, alpha.expand(len(indices), -1), target).rewards
 
     def rankings(self, alpha: Float[Tensor, " K"]) -> dict[str, float]:
-        """How implicit rewards rank the replies of lists, by lambda's target and by each aspect;
-        see ``ranking``. ``cross_entropy`` is the listwise loss in nats."""
+        """How implicit rewards rank the replies of lists, by the mean target and by each aspect.
+
+        Metrics are those of ``objective.ranking`` and ``cross_entropy``, the listwise loss in nats.
+        """
         found = {}
-        for name, items in {"val": self.data.val, "test": self.data.test}.items():
-            policy = self.score(items)
-            rewards = self.rewards(policy, items, alpha)
-            labels = self.data.labels[items.tolist()]
-            judged = {"": (policy.labels.where(policy.present, torch.nan), policy.labels)}
+        for name, indices in {"val": self.data.val, "test": self.data.test}.items():
+            policy, target = self.score(indices), self.target(indices)
+            rewards = self.rewards(policy, indices, alpha, target)
+            labels = self.data.labels[indices.tolist()]
+            judged = {"": (target.where(policy.present, torch.nan), target)}
             for a, aspect in enumerate(labels.aspects):
                 judged[f"/{aspect}"] = (labels.ratings[:, a], labels.targets[:, a])
-            for suffix, (ratings, target) in judged.items():
-                entropy = float(cross_entropy(rewards, target, policy).nanmean())
+            for suffix, (ratings, wanted) in judged.items():
+                entropy = float(cross_entropy(rewards, wanted, policy).nanmean())
                 for metric, value in (rank(rewards, ratings) | {"cross_entropy": entropy}).items():
                     found[f"{name}/{metric}{suffix}"] = value
         return found
 
     def probe_loss(self, subset: np.ndarray, alpha: Float[Tensor, " K"]) -> float:
-        """The listwise loss now on a subset of val, the mean over aspects."""
-        items = self.data.val[subset]
-        policy = self.score(items)
-        rewards = self.rewards(policy, items, alpha)
-        targets = self.data.labels[items.tolist()].targets
+        """The current listwise loss in nats on a subset of val, averaged over the aspects."""
+        indices = self.data.val[subset]
+        policy = self.score(indices)
+        rewards = self.rewards(policy, indices, alpha, self.target(indices))
+        targets = self.data.labels[indices.tolist()].targets
         by_aspect = [cross_entropy(rewards, target, policy) for target in targets.unbind(1)]
         return float(torch.stack(by_aspect).nanmean())
 
     def trade_off(
         self, points: Float[Tensor, "P A"], alpha: Float[Tensor, " K"], policy: str
     ) -> list[dict[str, Any]]:
-        """How well the test lists are ranked under each lambda, by each aspect: a row for every
-        point, aspect, metric and kind of score (implicit rewards, log-probabilities); of rewards
-        the cross-entropy too, of which less is better."""
-        aspects, items = self.data.labels.aspects, self.data.test
-        labels = self.data.labels[items.tolist()]
+        """How the test lists are ranked under each lambda of ``points``, by each aspect.
+
+        Returns:
+            One row per lambda, aspect, metric and kind of score (implicit rewards or
+            log-probabilities); for rewards also the cross-entropy, of which less is better.
+        """
+        aspects, indices = self.data.labels.aspects, self.data.test
+        labels = self.data.labels[indices.tolist()]
         rows = []
-        for weights in points:
-            scores = self.score(items, weights)
+        for lambda_ in points:
+            scores = self.score(indices, lambda_)
+            target = self.data.target(indices.tolist(), lambda_)
             ranked = {
-                "reward": self.rewards(scores, items, alpha),
+                "reward": self.rewards(scores, indices, alpha, target),
                 "logp": scores.logps(self.loss.length_normalized),
             }
-            told = named_lambda(aspects, weights.tolist())
+            named = named_lambda(aspects, lambda_.tolist())
             for a, aspect in enumerate(aspects):
                 found = {by: rank(values, labels.ratings[:, a]) for by, values in ranked.items()}
                 entropy = cross_entropy(ranked["reward"], labels.targets[:, a], scores)
@@ -186,13 +168,13 @@ class Evaluation:
                 for by, values in found.items():
                     for metric, value in values.items():
                         what = {"aspect": aspect, "ranked_by": by, "metric": metric}
-                        rows.append({"policy": policy, **told, **what, "value": value})
+                        rows.append({"policy": policy, **named, **what, "value": value})
         return rows
 
 
 def cross_entropy(
     rewards: Float[Tensor, "B R"], target: Float[Tensor, "B R"], policy: Scores
 ) -> Float[Tensor, " B"]:
-    """The listwise loss of each prompt in nats, NaN where the target asks for nothing."""
-    there = rewards.masked_fill(~policy.present, -torch.inf)
-    return listwise(there, target, beta=1.0).where(target.sum(-1) > 0, torch.nan)
+    """The listwise loss of each prompt in nats; NaN where the target prefers nothing."""
+    present = rewards.masked_fill(~policy.present, -torch.inf)
+    return listwise(present, target, beta=1.0).where(target.sum(-1) > 0, torch.nan)

@@ -1,4 +1,4 @@
-"""How a signal asks a run to save itself: the loop answers after the step it is in."""
+"""How a signal asks a run to save a checkpoint: the loop answers after its current step."""
 
 from __future__ import annotations
 
@@ -7,12 +7,15 @@ from contextlib import contextmanager
 
 
 def nothing() -> None:
-    """What follows when nothing has to."""
+    """Do nothing: the default for what follows the checkpoint."""
 
 
 class Interruption:
-    """A signal comes between any two instructions: the weights may have moved and the step not be
-    counted. So its handler only asks."""
+    """A request from a signal handler to save a checkpoint.
+
+    A signal arrives between any two instructions, perhaps when the weights have moved but the step
+    is not counted yet. So the handler only asks, and the training loop answers after the step.
+    """
 
     def __init__(self) -> None:
         self.asked = False
@@ -20,7 +23,10 @@ class Interruption:
         self._then: Callable[[], None] = nothing
 
     def ask(self, then: Callable[[], None] = nothing) -> None:
-        """Save after this step, then call ``then``; call it at once when nothing is training."""
+        """Ask for a checkpoint after the current step and a call of ``then``.
+
+        Outside the training loop there is nothing to save, and ``then`` is called at once.
+        """
         if not self._training:
             then()
             return
@@ -28,7 +34,7 @@ class Interruption:
 
     @contextmanager
     def training(self) -> Iterator[None]:
-        """The loop runs and will answer."""
+        """Mark the time in which the training loop runs and will answer."""
         self._training = True
         try:
             yield
@@ -36,6 +42,6 @@ class Interruption:
             self._training = False
 
     def answer(self) -> None:
-        """The state is saved: do what was to follow."""
+        """Call what was to follow the checkpoint, which has been written."""
         then, self.asked, self._then = self._then, False, nothing
         then()

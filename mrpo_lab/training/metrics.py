@@ -1,4 +1,7 @@
-"""What is logged of every batch, from scores alone. Units: nats; rewards are beta times nats."""
+"""Metrics logged for every batch, computed from scores alone.
+
+Log-probabilities are in nats, implicit rewards in beta times nats.
+"""
 
 from collections.abc import Sequence
 
@@ -7,10 +10,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mrpo_lab.objective.losses import PreferenceLoss, effective_sample_size
-from mrpo_lab.objective.scores import Scores
+from mrpo_lab.objective.scores import Scores, contrast
 
 QUANTILES = (5, 25, 50, 75, 95)
-"""Per cent of a batch's pairs whose weight is below the logged one."""
+"""Percentiles of a batch's pair weights that are logged."""
 
 
 @torch.no_grad()
@@ -19,18 +22,20 @@ def batch_metrics(
     policy: Scores,
     refs: Scores,
     alpha: Float[Tensor, "B K"],
+    target: Float[Tensor, "B R"],
     slugs: Sequence[str],
 ) -> dict[str, float]:
-    """Means over the batch before its step; policy (B, R), refs (B, K, R)."""
-    output = loss(policy, refs, alpha)
+    """Means over the batch before its step, from scores policy (B, R) and refs (B, K, R)."""
+    output = loss(policy, refs, alpha, target)
     rewards, logps = output.rewards, policy.logps(loss.length_normalized)
-    margins = (refs.contrast * rewards).sum(-1)
-    chosen, rejected = sides(refs)
-    weights = loss.pair_weights(policy, refs, alpha)
-    by_reference = loss.by_reference(policy, refs).mean(0)
+    coefficients = contrast(target, refs.present)
+    margins = (coefficients * rewards).sum(-1)
+    chosen, rejected = sides(target, refs)
+    weights = loss.pair_weights(policy, refs, alpha, target)
+    by_reference = loss.by_reference(policy, refs, target).mean(0)
     return {
         "train/loss": float(output.loss.mean()),
-        "train/accuracy_before": float(policy.labelled(refs.labels).accuracy()),
+        "train/accuracy_before": float(policy.accuracy(target)),
         "rewards/chosen": float((chosen * rewards).sum(-1).mean()),
         "rewards/rejected": float((rejected * rewards).sum(-1).mean()),
         "rewards/margins": float(margins.mean()),
@@ -46,12 +51,17 @@ def batch_metrics(
     }
 
 
-def sides(labels: Scores) -> tuple[Float[Tensor, "B R"], Float[Tensor, "B R"]]:
-    """Weights of the replies that are preferred and of those that are not, each summing to 1:
-    (1, 0) and (0, 1) of a pair. Where nothing is preferred all replies are on both sides."""
-    contrast, present = labels.contrast, labels.present
-    tied = (contrast == 0).all(-1, keepdim=True)
+def sides(
+    target: Float[Tensor, "B R"], refs: Scores
+) -> tuple[Float[Tensor, "B R"], Float[Tensor, "B R"]]:
+    """Weights of the chosen replies and of the rejected ones, each summing to 1.
+
+    For a pair they are (1, 0) and (0, 1). Where nothing is preferred all replies are on both sides.
+    """
+    coefficients, present = contrast(target, refs.present), refs.present
+    tied = (coefficients == 0).all(-1, keepdim=True)
     chosen, rejected = (
-        torch.where(tied, present.to(contrast), side.clamp(min=0)) for side in (contrast, -contrast)
+        torch.where(tied, present.to(coefficients), side.clamp(min=0))
+        for side in (coefficients, -coefficients)
     )
     return chosen / chosen.sum(-1, keepdim=True), rejected / rejected.sum(-1, keepdim=True)

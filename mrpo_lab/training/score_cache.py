@@ -1,4 +1,4 @@
-"""The policy's scores at one moment, so that no pair is scored twice between two steps."""
+"""The policy's scores at one moment, so that no item is scored twice between two steps."""
 
 from __future__ import annotations
 
@@ -12,24 +12,26 @@ from mrpo_lab.objective.scores import Scores
 
 @dataclass(frozen=True)
 class ScoreCache:
-    """The policy's scores at one moment, by pool index, so that no pair is scored twice at it."""
+    """The policy's scores by pool index, and which of them are still valid."""
 
     scores: Scores
-    """(N, R); what is not fresh is of some earlier moment."""
-    fresh: np.ndarray
+    """Scores (N, R); rows that are not ``valid`` are of an earlier step."""
+    valid: np.ndarray
 
     @classmethod
-    def none(cls, pairs: int, replies: int) -> ScoreCache:
-        counts = torch.ones(pairs, replies, dtype=torch.int64)
-        return cls(Scores(counts.double(), counts), np.zeros(pairs, dtype=bool))
+    def empty(cls, items: int, replies: int) -> ScoreCache:
+        counts = torch.ones(items, replies, dtype=torch.int64)
+        return cls(Scores(counts.double(), counts), np.zeros(items, dtype=bool))
 
-    def forget(self) -> None:
-        self.fresh[:] = False
+    def clear(self) -> None:
+        """Forget all scores, as after an optimizer step."""
+        self.valid[:] = False
 
-    def lacks(self, pairs: np.ndarray) -> np.ndarray:
-        return np.unique(pairs[~self.fresh[pairs]])
+    def missing(self, indices: np.ndarray) -> np.ndarray:
+        """Those of ``indices`` that have to be scored, each once, in ascending order."""
+        return np.unique(indices[~self.valid[indices]])
 
-    def add(self, pairs: np.ndarray, scores: Scores) -> None:
-        self.scores.sums[pairs.tolist()] = scores.sums
-        self.scores.counts[pairs.tolist()] = scores.counts
-        self.fresh[pairs] = True
+    def add(self, indices: np.ndarray, scores: Scores) -> None:
+        self.scores.sums[indices.tolist()] = scores.sums
+        self.scores.counts[indices.tolist()] = scores.counts
+        self.valid[indices] = True

@@ -1,4 +1,4 @@
-"""A state of nested dicts, lists, tensors and numbers in one safetensors file. No pickle."""
+"""Checkpoint files: nested dicts, lists, tensors and numbers in one safetensors file, no pickle."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mrpo_lab.errors import UserError
 
 
 def save_state(path: Path, state: dict[str, Any]) -> None:
-    """Write ``state`` whole or not at all: an interruption leaves the former file."""
+    """Write ``state`` atomically: an interruption leaves the former file in place."""
     tensors: dict[str, Tensor] = {}
     outline = json.dumps(_outline(state, tensors))
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -25,7 +25,7 @@ def save_state(path: Path, state: dict[str, Any]) -> None:
 
 
 def load_state(path: Path) -> dict[str, Any]:
-    """What ``save_state`` was given, tensors on the CPU.
+    """Read what ``save_state`` wrote, with tensors on the CPU.
 
     Raises:
         UserError: the file is truncated or was written by something else.
@@ -43,7 +43,7 @@ def load_state(path: Path) -> dict[str, Any]:
 
 
 def _outline(value: Any, tensors: dict[str, Tensor]) -> Any:
-    """JSON for ``value``, its tensors put aside under numbered names."""
+    """JSON for ``value``; its tensors are collected in ``tensors`` under numbered names."""
     if isinstance(value, Tensor):
         name = f"{len(tensors):06d}"
         tensors[name] = value.detach().cpu().contiguous().clone()

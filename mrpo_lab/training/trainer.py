@@ -1,13 +1,11 @@
-"""The training loop. One turn is one optimizer step on one global batch."""
+"""The training loop: one iteration is one optimizer step on one global batch."""
 
 from __future__ import annotations
 
 import logging
 import time
-import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,17 +21,17 @@ from mrpo_lab.objective.losses import PreferenceLoss
 from mrpo_lab.objective.scores import Scores, per_prompt
 from mrpo_lab.objective.weighting import Context, Weighting, to_simplex
 from mrpo_lab.progress import progress
-from mrpo_lab.runs.folder import Run
-from mrpo_lab.runs.test_pairs import write_test_pairs
-from mrpo_lab.runs.tracking import Tracker
-from mrpo_lab.runs.trade_off import named_lambda, write_trade_off
+from mrpo_lab.runs.trade_off import named_lambda
 from mrpo_lab.scoring.packing import balanced
 from mrpo_lab.seeding import Seeds
-from mrpo_lab.training.config import LoopState, TrainConfig
+from mrpo_lab.training.config import TrainConfig
 from mrpo_lab.training.diagnosis import explain_gradient, explain_loss, explain_weights
-from mrpo_lab.training.evaluation import Data, Evaluation
+from mrpo_lab.training.evaluation import Evaluation
+from mrpo_lab.training.inputs import Data
 from mrpo_lab.training.interruption import Interruption
 from mrpo_lab.training.metrics import batch_metrics
+from mrpo_lab.training.recorder import Recorder
+from mrpo_lab.training.state import LoopState
 from mrpo_lab.training.state_file import load_state, save_state
 from mrpo_lab.training.workers import Workers
 
@@ -41,10 +39,11 @@ logger = logging.getLogger(__name__)
 
 
 class Trainer:
-    """Owns the loop and its state; owns no loss and no weighting."""
+    """Runs the loop and owns its state; the loss, the weighting and the recorder are given."""
 
     def __init__(
         self,
+        *,
         config: TrainConfig,
         policy: Policy,
         data: Data,
@@ -54,14 +53,13 @@ class Trainer:
         optimizer: Callable[..., torch.optim.Optimizer],
         seeds: Seeds,
         workers: Workers,
-        run: Run,
-        tracker: Tracker,
+        recorder: Recorder,
         interruption: Interruption | None = None,
     ) -> None:
-        self.interruption = interruption or Interruption()
         self.config, self.policy, self.data = config, policy, data
         self.loss, self.weighting, self.sampler, self.seeds = loss, weighting, sampler, seeds
-        self.run, self.tracker, self.workers = run, tracker, workers
+        self.workers, self.recorder = workers, recorder
+        self.interruption = interruption or Interruption()
         self.optimizer = optimizer(list(policy.trainable.values()))
         self.steps_per_epoch = -(-len(data.train) // config.batch_size)
         self.total_steps = self.steps_per_epoch * config.epochs
@@ -71,22 +69,20 @@ class Trainer:
             num_warmup_steps=config.warmup_steps,
             num_training_steps=self.total_steps,
         )
-        marks = np.linspace(0, self.total_steps, config.evaluations + 1)[1:].round().astype(int)
-        self.evaluation_steps = {*marks.tolist(), self.total_steps}
+        spread = np.linspace(0, self.total_steps, config.evaluations + 1)[1:].round().astype(int)
+        self.evaluation_steps = {*spread.tolist(), self.total_steps}
         self.state = LoopState(alpha_sum=[0.0] * len(data.slugs))
-        centre = sampler.centre(data.labels.aspects)
-        self.evaluation = Evaluation(policy, data, loss, workers, config.token_budget, centre)
+        mean_lambda = sampler.mean_lambda(data.labels.aspects)
+        self.evaluation = Evaluation(policy, data, loss, workers, config.token_budget, mean_lambda)
 
-    @property
-    def checkpoint(self) -> Path:
-        return self.run.folder / "checkpoint" / "state.safetensors"
-
-    def start(self, resolved: dict[str, Any]) -> None:
-        """Fit the weighting, restore the state, open the run's files and its tracker."""
+    def start(self) -> None:
+        """Fit the weighting, restore the state from a checkpoint if there is one, open files."""
+        mean_lambda, val = self.evaluation.mean_lambda, self.data.val.tolist()
         self.weighting.start(
             Context(
                 slugs=self.data.slugs,
-                val=self.data.references(self.data.val.tolist(), self.evaluation.centre),
+                val=self.data.refs[val],
+                target=self.data.target(val, mean_lambda),
                 probe=self.evaluation.probe,
                 rng=self.seeds.rng("weighting"),
             )
@@ -99,15 +95,12 @@ class Trainer:
                 num_val=len(self.data.val),
             )
         )
-        self.restore()
-        if self.workers.is_main:
-            self.run.begin()
-            mirrored = self.run.rewind(self.state.step if self.checkpoint.exists() else -1)
-            self.tracker.start(self.run.folder, self.run.name, resolved, mirrored)
+        resumed = self.restore()
+        self.recorder.start(self.state.step if resumed else -1)
         self.workers.wait()
 
     def fit(self) -> None:
-        """Train from where the state is to the last step."""
+        """Train from the current state to the last step."""
         started = time.monotonic() - self.state.seconds
         bar = progress(
             self.total_steps,
@@ -119,13 +112,7 @@ class Trainer:
         with bar, self.interruption.training():
             if self.state.step == 0:
                 bar.set_postfix_str("evaluating the base model")
-                self.state.latest = self.evaluate()
-                self.state.base = {
-                    f"base/{k.replace('/', '_')}": v for k, v in self.state.latest.items()
-                }
-                self.state.base_test = self.state.latest_test
-                self.state.base_trade_off = self.trade_off("base")
-                self.record(self.state.latest)
+                self.evaluate_base()
             while self.state.step < self.total_steps:
                 metrics = self.train_step(self.batch(self.state.step))
                 self.state.step += 1
@@ -133,14 +120,10 @@ class Trainer:
                     bar.set_postfix_str("evaluating")
                     self.state.latest = self.evaluate()
                     metrics |= self.state.latest
-                self.record(metrics)
+                self.recorder.log(self.state.step, metrics)
                 self.state.seconds = time.monotonic() - started
                 asked = self.workers.any(self.interruption.asked)
-                if (
-                    asked
-                    or self.state.step % self.config.checkpoint_every == 0
-                    or self.state.step == self.total_steps
-                ):
+                if asked or self.checkpoint_is_due():
                     self.save()
                 if asked:
                     self.interruption.answer()
@@ -148,105 +131,155 @@ class Trainer:
                 bar.set_postfix_str(f"loss {loss:.4f}, test {test:.3f}", refresh=False)
                 bar.update()
 
+    def checkpoint_is_due(self) -> bool:
+        """Whether this step ends with a checkpoint; the last one always does."""
+        step = self.state.step
+        return step % self.config.checkpoint_every == 0 or step == self.total_steps
+
     def batch(self, step: int) -> np.ndarray:
-        """Pool indices of a step: a pure function, so that resuming needs no loader's state."""
+        """Pool indices of a step's global batch.
+
+        A pure function of the seed and the step, so that resuming needs no state of a data loader.
+        """
         epoch, index = divmod(step, self.steps_per_epoch)
         order = self.seeds.rng("order", epoch).permutation(len(self.data.train))
         size = self.config.batch_size
         return self.data.train[order[index * size : (index + 1) * size]]
 
-    def train_step(self, pairs: np.ndarray) -> dict[str, float]:
-        """One optimizer step on the global batch ``pairs``."""
+    def train_step(self, indices: np.ndarray) -> dict[str, float]:
+        """Take one optimizer step on the global batch ``indices`` and return its metrics."""
         began = time.monotonic()
         torch.manual_seed(self.seeds.value("dropout", self.state.step, self.workers.rank))
-        weights = self.sampler.draw()
-        refs = self.data.references(pairs.tolist(), weights)
-        proportions = self.weighting.proportions(refs)
-        if not bool(torch.isfinite(proportions).all()):
-            names = [self.data.names(int(i)) for i in pairs]
-            explained = explain_weights(proportions, refs, self.data.slugs, names)
-            raise UserError(f"step {self.state.step + 1}: {explained}")
-        alpha, undecided = to_simplex(proportions, len(pairs))
-        rows = self.data.tokens(pairs.tolist(), weights)
-        policy = self.backward_batch(rows, refs, alpha)
-        self.refuse_infinite_loss(policy, refs, alpha, pairs)
-        metrics = batch_metrics(self.loss, policy, refs, alpha, self.data.slugs)
-        metrics["train/grad_norm"] = self.gradient_norm(pairs, rows, refs, alpha)
+        lambda_ = self.sampler.draw()
+        refs = self.data.refs[indices.tolist()]
+        target = self.data.target(indices.tolist(), lambda_)
+        alpha, undecided = self.choose_alpha(refs, target, indices)
+        rows = self.data.tokens.rows(indices.tolist(), lambda_)
+        policy = self.backward_batch(rows, refs, alpha, target)
+        self.refuse_infinite_loss(policy, refs, alpha, target, indices)
+        metrics = batch_metrics(self.loss, policy, refs, alpha, target, self.data.slugs)
+        metrics["train/grad_norm"] = self.gradient_norm(indices, rows, refs, alpha, target)
         metrics["train/lr"] = self.scheduler.get_last_lr()[0]
         self.optimizer.step()
         self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.evaluation.forget()
         if self.config.accuracy_after_step:
-            after = self.evaluation.score(pairs, weights)
-            metrics["train/accuracy_after"] = float(after.accuracy())
-        self.weighting.after_step(refs)
+            after = self.evaluation.score(indices, lambda_)
+            metrics["train/accuracy_after"] = float(after.accuracy(target))
+        self.weighting.after_step(refs, target)
         self.sampler.after_step()
         self.state.alpha_sum = (alpha.mean(0).numpy() + self.state.alpha_sum).tolist()
         self.state.undecided += undecided
         metrics["alpha/undecided_pairs"] = float(undecided)
-        metrics["perf/pairs_per_second"] = len(pairs) / (time.monotonic() - began)
+        metrics["perf/pairs_per_second"] = len(indices) / (time.monotonic() - began)
         if self.data.lists:
-            metrics |= named_lambda(self.data.labels.aspects, weights)
+            metrics |= named_lambda(self.data.labels.aspects, lambda_.tolist())
         return metrics | self.weighting.metrics() | self.sampler.metrics()
 
-    def backward_batch(self, rows: Sequence[Replies], refs: Scores, alpha: Tensor) -> Scores:
-        """Gradients of the batch's mean loss, from this process's share of it in micro-batches;
-        the policy's scores of the whole batch, as they were before the step."""
+    def choose_alpha(self, refs: Scores, target: Tensor, indices: np.ndarray) -> tuple[Tensor, int]:
+        """Weights (B, K) of the references in this step, and how many pairs got uniform ones
+        because the weighting gave all references 0.
+
+        Raises:
+            UserError: a weight is not finite.
+        """
+        proportions = self.weighting.proportions(refs, target)
+        if not bool(torch.isfinite(proportions).all()):
+            names = [self.data.name(int(i)) for i in indices]
+            explained = explain_weights(proportions, refs, self.data.slugs, names)
+            raise UserError(f"step {self.state.step + 1}: {explained}")
+        return to_simplex(proportions, len(indices))
+
+    def backward_batch(
+        self, rows: Sequence[Replies], refs: Scores, alpha: Tensor, target: Tensor
+    ) -> Scores:
+        """Accumulate the gradient of the batch's mean loss over this process's micro-batches.
+
+        Returns:
+            The policy's scores of the whole batch, as they were before the step.
+        """
         share = list(self.workers.share(len(rows)))
-        costs = [self.policy.scorer.cost(rows[i]) for i in share]
+        costs = self.policy.scorer.costs([rows[i] for i in share])
         scored, mine = [], []
         for group in balanced(costs, self.config.micro_batch_tokens):
             part = [share[i] for i in group]
             micro_batch = [rows[i] for i in part]
-            scored.append(self.backward(micro_batch, refs[part], alpha[part], len(rows)))
+            scored.append(
+                self.backward(micro_batch, refs[part], alpha[part], target[part], len(rows))
+            )
             mine += part
         return self.evaluation.gather(scored, mine, len(rows))
 
     def backward(
-        self, rows: Sequence[Replies], refs: Scores, alpha: Tensor, batch_size: int
+        self, rows: Sequence[Replies], refs: Scores, alpha: Tensor, target: Tensor, batch_size: int
     ) -> Scores:
-        """Forward and backward of one micro-batch, scaled so that all sum to the batch's mean."""
+        """Forward and backward pass of one micro-batch; returns the policy's scores of it.
+
+        The loss is divided by the size of the global batch, so that gradients add up to its mean.
+        """
         device = self.workers.device
         self.policy.model.train()
         replies, width = [len(item) for item in rows], refs.sums.shape[-1]
         sums, counts = self.policy.scorer.logps(rows)
         policy = Scores(per_prompt(sums, replies, width), per_prompt(counts, replies, width))
-        output = self.loss(policy, refs.to(device), alpha.to(device))
+        output = self.loss(policy, refs.to(device), alpha.to(device), target.to(device))
         (output.loss.sum() / batch_size).backward()
         return Scores(policy.sums.detach(), policy.counts)
 
     def gradient_norm(
-        self, pairs: np.ndarray, rows: Sequence[Replies], refs: Scores, alpha: Tensor
+        self,
+        indices: np.ndarray,
+        rows: Sequence[Replies],
+        refs: Scores,
+        alpha: Tensor,
+        target: Tensor,
     ) -> float:
-        """Sum gradients over processes, clip if asked to, and refuse what is not finite."""
+        """Sum gradients over processes, clip them if asked to, and return their norm.
+
+        Raises:
+            UserError: the gradient is not finite; names the pair, before the step is taken.
+        """
         parameters = self.policy.trainable
         self.workers.sum_gradients(parameters.values())
         limit = self.config.max_grad_norm or float("inf")
         norm = float(torch.nn.utils.clip_grad_norm_(parameters.values(), limit))
         if not np.isfinite(norm):
             explained = explain_gradient(
-                lambda i: self.backward([rows[i]], refs[[i]], alpha[[i]], len(rows)),
+                lambda i: self.backward([rows[i]], refs[[i]], alpha[[i]], target[[i]], len(rows)),
                 parameters,
                 self.loss,
                 refs,
+                target,
                 self.data.slugs,
-                [self.data.names(int(i)) for i in pairs],
+                [self.data.name(int(i)) for i in indices],
             )
             raise UserError(f"step {self.state.step + 1}: {explained}")
         return norm
 
     def refuse_infinite_loss(
-        self, policy: Scores, refs: Scores, alpha: Tensor, pairs: np.ndarray
+        self, policy: Scores, refs: Scores, alpha: Tensor, target: Tensor, indices: np.ndarray
     ) -> None:
-        """Stop before the step, so that neither weights nor checkpoint are spoilt."""
-        if not bool(torch.isfinite(self.loss(policy, refs, alpha).loss).all()):
-            names = [self.data.names(int(i)) for i in pairs]
-            explained = explain_loss(self.loss, policy, refs, alpha, self.data.slugs, names)
+        """Stop before a step with a loss that is not finite spoils the weights and the checkpoint.
+
+        Raises:
+            UserError: names the pair, the reference and the term.
+        """
+        if not bool(torch.isfinite(self.loss(policy, refs, alpha, target).loss).all()):
+            names = [self.data.name(int(i)) for i in indices]
+            explained = explain_loss(self.loss, policy, refs, alpha, target, self.data.slugs, names)
             raise UserError(f"step {self.state.step + 1}: {explained}")
 
+    def evaluate_base(self) -> None:
+        """Evaluate the policy before the first step."""
+        self.state.latest = self.evaluate()
+        self.state.base = {f"base/{k.replace('/', '_')}": v for k, v in self.state.latest.items()}
+        self.state.base_test = self.state.latest_test
+        self.state.base_trade_off = self.trade_off("base")
+        self.recorder.log(self.state.step, self.state.latest)
+
     def evaluate(self) -> dict[str, float]:
-        """Accuracy, and of lists how they are ranked."""
+        """Accuracy on val and test, and for lists how they are ranked."""
         found = self.evaluation.accuracy()
         test = self.evaluation.score(self.data.test)
         self.state.latest_test = {"sums": test.sums, "counts": test.counts}
@@ -254,92 +287,22 @@ class Trainer:
 
     @property
     def mean_alpha(self) -> Tensor:
-        """(K,) over the steps so far; equal before the first."""
+        """Mean weights (K,) of the references over the steps so far; equal before the first."""
         total = torch.tensor(self.state.alpha_sum, dtype=torch.float64)
         return total / total.sum() if self.state.step else torch.full_like(total, 1 / len(total))
 
     def trade_off(self, policy: str) -> list[dict[str, Any]]:
-        """How lists are ranked under each lambda that the sampler wants tried."""
+        """How lists are ranked under each lambda at which the sampler wants an evaluation."""
         if not self.data.lists:
             return []
         points = self.sampler.points(self.data.labels.aspects)
         return self.evaluation.trade_off(points, self.mean_alpha, policy)
 
-    def record(self, metrics: dict[str, float]) -> None:
-        if self.workers.is_main:
-            self.run.log(self.state.step, metrics)
-            self.tracker.log(self.state.step, metrics)
-
-    def fail(self, error: BaseException) -> None:
-        """Record a run that could not go on; the last checkpoint stays as it was."""
-        interrupted = isinstance(error, KeyboardInterrupt)
-        failure = {
-            "status": "interrupted" if interrupted else "failed",
-            "error": str(error) or type(error).__name__,
-            "steps": self.state.step,
-            "wall_seconds": round(self.state.seconds, 3),
-        }
-        if not isinstance(error, (UserError, KeyboardInterrupt)):
-            failure["traceback"] = "".join(traceback.format_exception(error))
-        if self.workers.is_main:
-            self.run.finish(failure)
-            self.tracker.finish(failure, failed=True)
-
-    def finish(self, result: dict[str, Any], trade_off: list[dict[str, Any]]) -> None:
-        """Save what was trained, then the result, which marks the run as done."""
-        if self.workers.is_main:
-            self.policy.save(self.run.folder / "adapter")
-            refs = self.data.references(self.data.test.tolist(), self.evaluation.centre)
-            before, after = self.state.base_test, self.state.latest_test
-            write_test_pairs(
-                self.run.folder / "test_pairs.parquet",
-                self.data.ids[self.data.test],
-                self.data.slugs,
-                refs,
-                Scores(**before, target=refs.target),
-                Scores(**after, target=refs.target),
-                self.loss,
-            )
-            if trade_off:
-                write_trade_off(self.run.folder / "trade_off.parquet", trade_off)
-            self.run.finish(result)
-            self.tracker.finish(result)
-        self.workers.wait()
-
-    def result(self) -> dict[str, Any]:
-        """What a finished run is compared by."""
-        splits = {"train": self.data.train, "val": self.data.val, "test": self.data.test}
-        centre = self.evaluation.centre
-        tables = {n: self.data.references(splits[n].tolist(), centre) for n in ("val", "test")}
-        alpha = np.array(self.state.alpha_sum) / self.total_steps
-        return {
-            "status": "finished",
-            **self.state.latest,
-            **self.state.base,
-            "references": {
-                slug: {
-                    "mean_alpha": float(alpha[k]),
-                    "val_accuracy": float(tables["val"].accuracy()[k]),
-                    "test_accuracy": float(tables["test"].accuracy()[k]),
-                    "val_mean_abs_margin": float(tables["val"].margins()[:, k].abs().mean()),
-                    "test_mean_abs_margin": float(tables["test"].margins()[:, k].abs().mean()),
-                }
-                for k, slug in enumerate(self.data.slugs)
-            },
-            "pairs": {name: len(ids) for name, ids in splits.items()},
-            "steps": self.state.step,
-            "wall_seconds": round(self.state.seconds, 3),
-            "pairs_per_second": round(
-                len(self.data.train) * self.config.epochs / self.state.seconds, 3
-            ),
-            "undecided_pairs": self.state.undecided,
-        }
-
     def save(self) -> None:
-        """Everything that must survive, in one file."""
+        """Write the checkpoint: everything that must survive, in one file."""
         if self.workers.is_main:
-            save_state(self.checkpoint, self.state_dict())
-            self.run.write_alpha(self.data.slugs)
+            save_state(self.recorder.run.checkpoint, self.state_dict())
+        self.recorder.write_alpha(self.data.slugs)
         self.workers.wait()
 
     def state_dict(self) -> dict[str, Any]:
@@ -353,14 +316,19 @@ class Trainer:
             "lambda": self.sampler.state_dict(),
         }
 
-    def restore(self) -> None:
-        """Continue from the checkpoint, if any, and forget what was logged after it."""
-        if not self.checkpoint.exists():
-            return
-        state = load_state(self.checkpoint)
+    def restore(self) -> bool:
+        """Continue from the run's checkpoint; False if it has none.
+
+        Raises:
+            UserError: the checkpoint is damaged or was trained on other data.
+        """
+        checkpoint = self.recorder.run.checkpoint
+        if not checkpoint.exists():
+            return False
+        state = load_state(checkpoint)
         if state["data"] != self.data.fingerprint:
             raise UserError(
-                f"{self.checkpoint} was trained on other data than {self.run.name} has now: "
+                f"{checkpoint} was trained on other data than {self.recorder.run.name} has now: "
                 "delete its folder to start over"
             )
         with torch.no_grad():
@@ -372,3 +340,4 @@ class Trainer:
         self.sampler.load_state_dict(state["lambda"])
         self.state = LoopState(**state["loop"])
         logger.info("resuming after step %d of %d", self.state.step, self.total_steps)
+        return True

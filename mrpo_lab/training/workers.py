@@ -1,4 +1,4 @@
-"""The processes that train together, one or many, under ``accelerate launch``."""
+"""The processes that train one run together, under ``accelerate launch`` or SLURM."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 T = TypeVar("T")
 
-# One process scores references while the others wait; a 14B model takes hours.
+# The other processes wait while one scores the references, which takes hours for a 14B model.
 PATIENCE = timedelta(hours=48)
 
 
 @dataclass(frozen=True)
 class Workers:
-    """This process's place among ``count`` that hold the same model and see the same batches."""
+    """This process's rank among the processes that hold the same model and see the same batches."""
 
     rank: int
     count: int
@@ -27,7 +27,7 @@ class Workers:
 
     @classmethod
     def start(cls) -> Workers:
-        """Join the group that the launcher set up in the environment, if any."""
+        """Join the process group that the environment describes, if there is one."""
         from accelerate import PartialState
 
         state = PartialState(timeout=PATIENCE, cpu=not torch.cuda.is_available())
@@ -38,7 +38,7 @@ class Workers:
         return self.rank == 0
 
     def share(self, rows: int) -> range:
-        """Indices of the rows that are this process's: every ``count``-th."""
+        """Indices of the rows that this process computes: every ``count``-th one."""
         return range(self.rank, rows, self.count)
 
     def wait(self) -> None:
@@ -46,7 +46,7 @@ class Workers:
             dist.barrier()
 
     def any(self, wish: bool) -> bool:
-        """Whether some process has the wish; all processes learn the same."""
+        """Whether ``wish`` is true in any process; all processes get the same answer."""
         if self.count == 1:
             return wish
         wishes = torch.tensor(float(wish), device=self.device)
@@ -54,13 +54,21 @@ class Workers:
         return bool(wishes)
 
     def main_first(self, compute: Callable[[], T]) -> T:
-        """``compute()`` on every process; the others find in the store what the main one put."""
+        """Run ``compute()`` in the main process first, then in the others.
+
+        The others find in the cache what the main one computed.
+        """
         result = [compute()] if self.is_main else []
         self.wait()
         return result[0] if result else compute()
 
     def gather(self, values: Tensor, mine: Sequence[int], total: int) -> Tensor:
-        """(total, ...) on the CPU, of which ``values`` are this process's rows, ``mine``."""
+        """Collect rows from all processes into (total, ...) on the CPU.
+
+        Args:
+            values: this process's rows.
+            mine: their indices in the whole.
+        """
         whole = torch.zeros(total, *values.shape[1:], dtype=values.dtype, device=self.device)
         whole[list(mine)] = values.to(self.device)
         if self.count > 1:
@@ -68,10 +76,10 @@ class Workers:
         return whole.cpu()
 
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Add up every process's gradients; a process without rows adds nothing.
+        """Add up the gradients of all processes, in place.
 
-        Done once per step over plain gradients rather than by a wrapper around the model, so that
-        processes may have different numbers of micro-batches.
+        Done once per step on plain gradients rather than by a wrapper around the model, so that
+        processes may have different numbers of micro-batches, or none.
         """
         if self.count == 1:
             return

@@ -1,4 +1,4 @@
-"""How alpha on the K-simplex is chosen, once per optimizer step from the global batch."""
+"""Weightings: how alpha, the weights of the references, is chosen once per optimizer step."""
 
 from mrpo_lab.objective.weighting.base import Context, Weighting, to_simplex
 from mrpo_lab.objective.weighting.offline import RMC, VAW, VDW, VSW, Fixed, Grid, Single, Uniform

@@ -1,9 +1,8 @@
-"""What every weighting is, and the one place where its answer becomes alpha."""
+"""The interface of a weighting, and the one place where its output becomes alpha."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -11,59 +10,71 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mrpo_lab.objective.scores import Scores
+from mrpo_lab.objective.stateful import Stateful
 
 
 @dataclass(frozen=True)
 class Context:
-    """All that a weighting may know before step 0. Nothing of the test split is here."""
+    """Everything a weighting may know before the first step; nothing comes from the test split."""
 
     slugs: list[str]
     """Names of the K references; the first is the anchor."""
     val: Scores
-    """(N_val, K, R) reference scores of the validation split, labels included."""
+    """Reference scores (N_val, K, R) of the validation split."""
+    target: Float[Tensor, "N_val R"]
+    """How much each validation reply is to be preferred; (1, 0) for a pair."""
     probe: Callable[..., list[float]]
-    """``probe(subset, ...)`` is the policy's accuracy now on each of several subsets of the
-    validation pairs, given by their numbers from 0; one pass scores them all."""
+    """``probe(subset, ...)`` returns the policy's current accuracy on each of several subsets of
+    the validation pairs, given as index arrays; one forward pass scores them all."""
     rng: np.random.Generator
 
+    @property
+    def margins(self) -> Float[Tensor, "N_val K"]:
+        """Margins d_ik of the references on the validation split, in nats per token."""
+        return self.val.margins(self.target)
 
-class Weighting(ABC):
-    """Says, at every step, what alpha is proportional to.
 
-    Every hook is called on every weighting; a subclass overrides those it needs.
+class Weighting(Stateful, ABC):
+    """Decides at every step what alpha is proportional to.
+
+    Every method is called on every weighting; a subclass overrides those it needs.
     """
 
     def check(self, slugs: list[str], num_val: int) -> None:
-        """Refuse, with a ValueError, what does not fit the references (the first is the anchor) or
-        the number of validation pairs. Called before any model is loaded."""
+        """Check the settings against the references and the size of the validation split.
+
+        Called before any model is loaded. The first slug is the anchor.
+
+        Raises:
+            ValueError: a setting does not fit.
+        """
 
     def start(self, context: Context) -> None:
-        """Once, before the first step and before any state is restored."""
+        """Prepare for the first step; called once, before any state is restored."""
 
     @abstractmethod
-    def proportions(self, refs: Scores) -> Float[Tensor, "#B K"]:
-        """Non-negative numbers that alpha is proportional to, for the global batch ``refs``
-        of shape (B, K, R); one row if all pairs share it. A row of zeros means 'no opinion'."""
+    def proportions(self, refs: Scores, target: Float[Tensor, "B R"]) -> Float[Tensor, "#B K"]:
+        """Non-negative numbers that alpha is proportional to in the next step.
 
-    def after_step(self, refs: Scores) -> None:
-        """After the optimizer step that used ``proportions(refs)``."""
+        Args:
+            refs: reference scores (B, K, R) of the global batch.
+            target: how much each reply is to be preferred; (1, 0) for a pair.
 
-    def metrics(self) -> dict[str, float]:
-        """What is worth a curve beside alpha."""
-        return {}
+        Returns:
+            One row per pair, or one row if all pairs share it. A row of zeros becomes uniform.
+        """
 
-    def state_dict(self) -> dict[str, Any]:
-        """All that ``proportions`` depends on beside the configuration: goes into checkpoints."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Inverse of ``state_dict``; called after ``start``."""
+    def after_step(self, refs: Scores, target: Float[Tensor, "B R"]) -> None:
+        """Update after the optimizer step that used ``proportions(refs, target)``."""
 
 
 def to_simplex(
     proportions: Float[Tensor, "#B K"], rows: int
 ) -> tuple[Float[Tensor, "{rows} K"], int]:
-    """(alpha, number of rows without an opinion, which become uniform).
+    """Normalize proportions to alpha, one row per pair.
+
+    Returns:
+        alpha (rows, K), and how many rows were all zeros and therefore became uniform.
 
     Raises:
         ValueError: a proportion is negative or not finite.

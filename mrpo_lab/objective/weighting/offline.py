@@ -1,6 +1,6 @@
-"""Weightings fixed before the first step, most of them by the validation split.
+"""Weightings that are fixed before the first step, most of them from the validation split.
 
-A rule is a function of ``margins`` (N_val, K): length-normalised d_ik in nats per token.
+``context.margins`` (N_val, K) are the references' margins d_ik in nats per token.
 """
 
 import itertools
@@ -20,28 +20,28 @@ from mrpo_lab.objective.weighting.base import Context, Weighting
 
 
 class Offline(Weighting):
-    """The same alpha for every pair of every step, so nothing has to survive a restart."""
+    """Base class of weightings with one alpha for all pairs of all steps; they have no state."""
 
     def start(self, context: Context) -> None:
         self._fitted = self.fit(context).unsqueeze(0)
 
-    def proportions(self, refs: Scores) -> Float[Tensor, "1 K"]:
+    def proportions(self, refs: Scores, target: Float[Tensor, "B R"]) -> Float[Tensor, "1 K"]:
         return self._fitted
 
     @abstractmethod
     def fit(self, context: Context) -> Float[Tensor, " K"]:
-        """What alpha is proportional to."""
+        """Non-negative numbers that alpha is proportional to."""
 
 
 class Uniform(Offline):
-    """alpha_k = 1 / K."""
+    """Equal weights, alpha_k = 1 / K."""
 
     def fit(self, context: Context) -> Float[Tensor, " K"]:
         return torch.ones(len(context.slugs), dtype=torch.float64)
 
 
 class Single(Offline):
-    """alpha = e_k for the reference called ``slug``, or the anchor: single-reference DPO."""
+    """All weight on the reference called ``slug`` (default: the anchor): single-reference DPO."""
 
     def __init__(self, slug: str | None = None) -> None:
         self._slug = slug
@@ -56,7 +56,7 @@ class Single(Offline):
 
 
 class Fixed(Offline):
-    """alpha proportional to given ``weights``, in the order of the references."""
+    """Given ``weights``, in the order of the references; they are normalized."""
 
     def __init__(self, weights: list[float]) -> None:
         if any(not math.isfinite(w) or w < 0 for w in weights):
@@ -76,30 +76,31 @@ class Fixed(Offline):
 
 
 class VDW(Offline):
-    """Validation discrimination: alpha_k ~ sum over val of |d_ik| (2512.10040, eq. 4)."""
+    """Validation discrimination: alpha_k ~ sum of |d_ik| over val (2512.10040, eq. 4)."""
 
     def fit(self, context: Context) -> Float[Tensor, " K"]:
-        return context.val.margins().abs().sum(0)
+        return context.margins.abs().sum(0)
 
 
 class VAW(Offline):
-    """Validation accuracy: alpha_k ~ pairs of val ranked right, ties wrong (2512.10040, eq. 5)."""
+    """Validation accuracy: alpha_k ~ number of val pairs with d_ik > 0 (2512.10040, eq. 5)."""
 
     def fit(self, context: Context) -> Float[Tensor, " K"]:
-        return (context.val.margins() > 0).double().sum(0)
+        return (context.margins > 0).double().sum(0)
 
 
 class RMC(Offline):
-    """Agreement with the labels beyond chance: alpha_k ~ max(0, 2 acc_k - 1) on val."""
+    """Agreement with the labels above chance: alpha_k ~ max(0, 2 accuracy_k - 1) on val."""
 
     def fit(self, context: Context) -> Float[Tensor, " K"]:
-        return (2 * context.val.accuracy() - 1).clamp(min=0)
+        return (2 * context.val.accuracy(context.target) - 1).clamp(min=0)
 
 
 class VSW(Offline):
-    """Supervised: the non-negative w that best explains val by a logistic of sum_k w_k d_ik.
+    """Logistic regression of the val labels on the margins, with non-negative weights.
 
-    Minimises mean -log sigmoid(margins @ w) + ridge |w|^2 over w >= 0, which is convex.
+    Minimizes mean -log sigmoid(sum_k w_k d_ik) + ridge |w|^2 over w >= 0, which is convex; alpha is
+    w normalized, uniform if w = 0.
     """
 
     def __init__(self, ridge: float = 1e-4) -> None:
@@ -108,7 +109,7 @@ class VSW(Offline):
         self._ridge = ridge
 
     def fit(self, context: Context) -> Float[Tensor, " K"]:
-        margins = context.val.margins().double().cpu().numpy()
+        margins = context.margins.double().cpu().numpy()
 
         def objective(w: np.ndarray) -> tuple[float, np.ndarray]:
             z = margins @ w
@@ -128,10 +129,10 @@ class VSW(Offline):
 
 
 class Grid(Offline):
-    """The point of the simplex grid of step 1/resolution that is best on val.
+    """Best alpha on val among the multiples of 1 / ``resolution`` on the simplex.
 
-    Best is the accuracy of the mixture margin sum_k alpha_k d_ik, then the lower mean
-    -log sigmoid of it, then the lexicographically smaller alpha.
+    Ranked by the accuracy of the mixture margin sum_k alpha_k d_ik; ties by the lower mean
+    -log sigmoid of it, then by the lexicographically smaller alpha.
     """
 
     MAX_POINTS = 200_000
@@ -150,13 +151,13 @@ class Grid(Offline):
             )
 
     def fit(self, context: Context) -> Float[Tensor, " K"]:
-        margins = context.val.margins().double().cpu()
+        margins = context.margins.double().cpu()
         num_refs, m = margins.shape[1], self._resolution
         best: tuple[float, float, tuple[int, ...]] | None = None
         points = simplex.grid(m, num_refs)
         while chunk := list(itertools.islice(points, 512)):
             units = np.array(chunk)
-            # In whole units, and losses to 10 decimals: rounding must not decide between equals.
+            # Whole units and losses rounded to 10 decimals, so that rounding errors decide no tie.
             mixture = margins @ torch.from_numpy(units).double().T  # (N_val, points)
             wrong = (mixture <= 0).double().mean(0).tolist()
             entropy = -F.logsigmoid(mixture / m).mean(0).round(decimals=10)

@@ -1,4 +1,4 @@
-"""Weightings that follow the training data or the policy. Their state is in every checkpoint."""
+"""Weightings that follow the training data or the policy; their state is checkpointed."""
 
 from collections import deque
 from typing import Any
@@ -14,7 +14,7 @@ from mrpo_lab.objective.weighting.base import Context, Weighting
 
 
 class ARWC(Weighting):
-    """Adaptive reference weighting by confidence, per pair: alpha_ik ~ |d_ik| (Le et al., eq. 3).
+    """Adaptive reference weighting per pair by confidence: alpha_ik ~ |d_ik| (Le et al., eq. 3).
 
     ``length_normalized=False`` uses summed log-probabilities, as Le et al. do.
     """
@@ -22,14 +22,14 @@ class ARWC(Weighting):
     def __init__(self, length_normalized: bool = True) -> None:
         self._length_normalized = length_normalized
 
-    def proportions(self, refs: Scores) -> Float[Tensor, "B K"]:
-        return refs.margins(self._length_normalized).abs()
+    def proportions(self, refs: Scores, target: Float[Tensor, "B R"]) -> Float[Tensor, "B K"]:
+        return refs.margins(target, self._length_normalized).abs()
 
 
 class SWCW(Weighting):
-    """Sliding-window confidence: alpha_k ~ sum of |d_ik| over the past ``window`` batches.
+    """Sliding-window confidence: alpha_k ~ sum of |d_ik| over the last ``window`` batches.
 
-    Uniform at step 0 (2512.10040, eq. 6; window 1 is the paper's).
+    Uniform at the first step (2512.10040, eq. 6; the paper uses window 1).
     """
 
     def __init__(self, window: int = 1) -> None:
@@ -37,13 +37,13 @@ class SWCW(Weighting):
             raise ValueError(f"window must be 1 or more, got {window}")
         self._past: deque[Float[Tensor, " K"]] = deque(maxlen=window)
 
-    def proportions(self, refs: Scores) -> Float[Tensor, "1 K"]:
+    def proportions(self, refs: Scores, target: Float[Tensor, "B R"]) -> Float[Tensor, "1 K"]:
         if not self._past:
             return torch.ones_like(refs.sums[:1, :, 0])
         return torch.stack(list(self._past)).sum(0, keepdim=True)
 
-    def after_step(self, refs: Scores) -> None:
-        self._past.append(refs.margins().abs().sum(0))
+    def after_step(self, refs: Scores, target: Float[Tensor, "B R"]) -> None:
+        self._past.append(refs.margins(target).abs().sum(0))
 
     def state_dict(self) -> dict[str, Any]:
         return {"past": list(self._past)}
@@ -54,21 +54,25 @@ class SWCW(Weighting):
 
 
 class SWCWOneHot(SWCW):
-    """All weight on the reference that SWCW weights most (the first of equals): the anchor at
-    step 0."""
+    """All weight on the reference that SWCW weights most; ties go to the first.
 
-    def proportions(self, refs: Scores) -> Float[Tensor, "1 K"]:
-        proportions = super().proportions(refs)
+    At the first step this is the anchor.
+    """
+
+    def proportions(self, refs: Scores, target: Float[Tensor, "B R"]) -> Float[Tensor, "1 K"]:
+        proportions = super().proportions(refs, target)
         first_largest = proportions.sort(dim=-1, descending=True, stable=True).indices[:, 0]
         return F.one_hot(first_largest, proportions.shape[-1]).to(proportions)
 
 
 class TSW(Weighting):
-    """Thompson sampling: each reference is an arm, rewarded when the policy's accuracy on a fresh
-    probe of validation pairs rises strictly across the step (2512.10040, section 3.3).
+    """Thompson sampling with one arm per reference and Beta(``prior``, ``prior``) priors.
 
-    The probe of the next step is drawn right after a step, so that one pass scores it together
-    with the probe of the step before: the policy is the same."""
+    The arm used in a step is rewarded if the policy's accuracy on a fresh random subset of
+    ``probe_size`` validation pairs is strictly higher after the step than before (2512.10040,
+    section 3.3). The subset of the next step is drawn right after a step, so that one forward pass
+    scores both subsets under the same policy.
+    """
 
     def __init__(self, prior: float = 5.0, probe_size: int = 250) -> None:
         if not prior > 0:
@@ -90,11 +94,11 @@ class TSW(Weighting):
         self._arm = 0
         self._probe: np.ndarray | None = None
         self._before = float("nan")
-        """The accuracy on the probe before the step."""
+        """Accuracy on the current subset before the step."""
         self._change = (float("nan"), float("nan"))
-        """The last step's accuracies on its probe."""
+        """Accuracies on the last step's subset, before and after the step."""
 
-    def proportions(self, refs: Scores) -> Float[Tensor, "1 K"]:
+    def proportions(self, refs: Scores, target: Float[Tensor, "B R"]) -> Float[Tensor, "1 K"]:
         draws = self._context.rng.beta(self._successes, self._failures)
         self._arm = int(draws.argmax())
         if self._probe is None:
@@ -102,7 +106,7 @@ class TSW(Weighting):
             (self._before,) = self._context.probe(self._probe)
         return F.one_hot(torch.tensor([self._arm]), len(draws)).to(refs.sums)
 
-    def after_step(self, refs: Scores) -> None:
+    def after_step(self, refs: Scores, target: Float[Tensor, "B R"]) -> None:
         following = self._draw()
         after, upcoming = self._context.probe(self._probe, following)
         counts = self._successes if after > self._before else self._failures
@@ -111,7 +115,7 @@ class TSW(Weighting):
         self._probe, self._before = following, upcoming
 
     def _draw(self) -> np.ndarray:
-        """Some validation pairs, without replacement."""
+        """Draw a subset of the validation pairs without replacement."""
         return self._context.rng.choice(len(self._context.val), self._probe_size, replace=False)
 
     def metrics(self) -> dict[str, float]:

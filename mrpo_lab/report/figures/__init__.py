@@ -1,10 +1,10 @@
-"""Figures of the report; ``all_figures`` is the list of them."""
+"""The figures of the report, collected in ``all_figures``."""
 
 import pandas as pd
 
 from mrpo_lab.report.figures import accuracy, alpha, mechanism, trade_off
 from mrpo_lab.report.figures.base import Figure
-from mrpo_lab.report.mechanism import SWEEPS
+from mrpo_lab.report.measures import SWEEPS
 from mrpo_lab.report.study import Study
 from mrpo_lab.report.trade_off import METRICS
 
@@ -12,9 +12,10 @@ __all__ = ["Figure", "all_figures"]
 
 
 def all_figures(study: Study, compared: pd.DataFrame) -> list[Figure]:
-    """Of every dataset, in the order of the page; those without data are left out.
+    """All figures that have data, data set by data set, in the order of the page.
 
-    ``compared``: the table of comparisons.
+    Args:
+        compared: the table of comparisons.
     """
     figures = [
         figure

@@ -25,7 +25,7 @@ RUN = ["dataset", "method", "loss", "weighting", "seed", "run"]
 
 
 def by_method(study: Study, dataset: str) -> Figure:
-    """The paper's Figure 1."""
+    """Test accuracy of every method, as in the paper's Figure 1."""
     runs = study.compared[study.compared["dataset"] == dataset].rename(columns={"source": "id"})
     missing = _missing(study, dataset)
     order = list(study.methods)
@@ -59,21 +59,21 @@ def by_method(study: Study, dataset: str) -> Figure:
             ],
         )
     )
-    said = (
+    missing_text = (
         points("missing")
         .mark_text(align="left", fontSize=10, fontStyle="italic", opacity=0.8, dx=4)
         .encode(y=y, x=alt.value(0), text="text:N", tooltip=alt.Tooltip("why:N"))
     )
-    chart = _lines(study, dataset, x) + error + seeds + mean + said
+    chart = _lines(study, dataset, x) + error + seeds + mean + missing_text
     return Figure(
         "accuracy-by-method",
         "accuracy",
         dataset,
         "Test accuracy by method",
         "Share of test pairs whose chosen reply has the higher log-probability per token. Large "
-        "mark: mean over seeds with its standard error; small marks: each seed (click one to see "
-        "its run). Above: DPO on each reference alone; below: loss · weighting. Dashed line: the "
-        "base model; dotted: the single reference that is best on validation.",
+        "marks: mean over seeds with its standard error; small marks: single seeds (click one to "
+        "see its run). Above: DPO with each reference alone; below: loss · weighting. Dashed line: "
+        "the base model; dotted: the single reference that is best on validation.",
         chart.properties(width="container", height=19 * len(order)),
         {
             "runs": _rounded(runs[["id", *RUN, "test", "val", "base"]]),
@@ -103,13 +103,13 @@ def _tooltip() -> list[alt.Tooltip]:
 
 
 def _levels(study: Study, dataset: str) -> pd.DataFrame:
-    """The base model's accuracy, and that of the best single reference."""
+    """Accuracies of the base model and of the best single reference, drawn as lines."""
     runs = study.compared[study.compared["dataset"] == dataset]
     best = study.best_single(dataset)
     rows = [{"test": runs["base"].mean(), "level": "base model"}]
     if best is not None:
-        mean = runs.loc[runs["method"] == best, "test"].mean()
-        rows.append({"test": mean, "level": f"best single reference ({best.partition(': ')[2]})"})
+        mean = runs.loc[[key == best for key in runs["key"]], "test"].mean()
+        rows.append({"test": mean, "level": f"best single reference ({best.reference})"})
     return _rounded(pd.DataFrame(rows).dropna())
 
 
@@ -129,7 +129,7 @@ def _lines(study: Study, dataset: str, x: alt.X) -> Any:
 
 
 def _missing(study: Study, dataset: str) -> pd.DataFrame:
-    """A line for each method that lacks seeds here."""
+    """One row for each method that lacks seeds, with the reasons."""
     table = study.missing[study.missing["dataset"] == dataset]
     rows = []
     for method, group in table.groupby("method", sort=False):
@@ -145,7 +145,7 @@ def _missing(study: Study, dataset: str) -> pd.DataFrame:
 
 
 def over_steps(study: Study, dataset: str, split: str) -> Figure | None:
-    """The paper's Figure 2 for ``split`` val or test."""
+    """Accuracy over steps on ``split`` (val or test), as in the paper's Figure 2."""
     parts = []
     for row in study.compared[study.compared["dataset"] == dataset].itertuples():
         lines = study.records[str(row.source)].metrics
@@ -202,15 +202,16 @@ def over_steps(study: Study, dataset: str, split: str) -> Figure | None:
         "steps",
         dataset,
         f"{split.capitalize()} accuracy over steps",
-        "A field for each weighting, all on the same scale. Thick: mean over seeds with a band of "
-        "one standard error; thin: each seed. With one reference, a line a reference.",
+        "One panel per weighting, all on the same scale. Thick lines: mean over seeds, with a band "
+        "of one standard error; thin lines: single seeds. In the panel of single references, one "
+        "line per reference.",
         chart,
         {"curves": _rounded(frame[["id", *RUN, "group", "step", "accuracy"]])},
     )
 
 
 def against_baselines(table: pd.DataFrame, study: Study, dataset: str) -> Figure | None:
-    """Differences with their intervals."""
+    """Differences to the baselines with their intervals."""
     here = table[(table["dataset"] == dataset) & table["low"].notna()].copy()
     if here.empty:
         return None

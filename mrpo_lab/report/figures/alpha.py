@@ -1,4 +1,4 @@
-"""Weights of references: over steps, on average, as the bandit sees them, and against accuracy."""
+"""Weights of the references: on average, over steps, under Thompson sampling, against accuracy."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from mrpo_lab.report.figures.base import (
     losses,
     points,
 )
-from mrpo_lab.report.mechanism import rises
+from mrpo_lab.report.measures import rises
 from mrpo_lab.report.study import Study
 
 BINS = 100
-"""Most steps that a heat map tells apart; more are averaged."""
+"""Most columns of a heat map; with more steps, neighbors are averaged."""
 ABOUT = ["dataset", "method", "loss", "weighting", "seed"]
 
 
@@ -36,7 +36,7 @@ def _multi(study: Study, dataset: str) -> pd.DataFrame:
 
 
 def mean_weights(study: Study, dataset: str) -> Figure | None:
-    """Methods x references."""
+    """Mean weight of each reference under each method."""
     rows = [
         {**{c: getattr(run, c) for c in ABOUT}, "reference": slug, "alpha": value}
         for run in _multi(study, dataset).itertuples()
@@ -80,7 +80,7 @@ def mean_weights(study: Study, dataset: str) -> Figure | None:
 
 
 def over_steps(study: Study, dataset: str) -> Figure | None:
-    """The paper's Figure 3: steps x references, for the weightings that move."""
+    """Alpha over steps for weightings that change, as in the paper's Figure 3."""
     parts = []
     for run in _multi(study, dataset).itertuples():
         record = study.records[str(run.source)]
@@ -90,7 +90,7 @@ def over_steps(study: Study, dataset: str) -> Figure | None:
             continue
         table = pd.DataFrame(columns).assign(step=record.metrics["step"]).dropna()
         if float(table.drop(columns="step").std().max()) < 1e-6:
-            continue  # fixed before the first step: in the figure of mean weights
+            continue  # the weights do not change: they are in the figure of mean weights
         width = max(1, int(np.ceil(table["step"].max() / BINS)))
         table["step"] = ((table["step"] - 1) // width * width + 1).astype(int)
         long = table.groupby("step").mean().round(3).reset_index()
@@ -129,16 +129,16 @@ def over_steps(study: Study, dataset: str) -> Figure | None:
         "alpha",
         dataset,
         "α over steps",
-        "One field for each method whose weights change. A one-hot method's cell is the share of "
-        "seeds that chose this reference at this step: choose one seed above to see its choices. "
-        "The colour scale is a square root, so that small weights can be told from none.",
+        "One panel for each method whose weights change. For a one-hot method a cell is the share "
+        "of seeds that chose this reference at this step; filter by one seed to see its choices. "
+        "The color scale is a square root, so that small weights can be distinguished from 0.",
         chart,
         {"alpha": frame},
     )
 
 
 def posteriors(study: Study, dataset: str) -> Figure | None:
-    """The paper's Figure 4: posterior means over steps."""
+    """Posterior means over steps, as in the paper's Figure 4."""
     parts = []
     for run in _multi(study, dataset).itertuples():
         record = study.records[str(run.source)]
@@ -175,9 +175,9 @@ def posteriors(study: Study, dataset: str) -> Figure | None:
         "bandit-posteriors",
         "bandit",
         dataset,
-        "What the bandit believes",
-        "Posterior mean, for each reference, of the chance that a step with it raises accuracy on "
-        "the probe; mean over seeds with one standard error. ½ is the prior's mean.",
+        "Posterior means of Thompson sampling",
+        "For each reference the posterior mean of the probability that a step with it raises "
+        "accuracy on the probe; mean over seeds with one standard error. The prior mean is ½.",
         chart,
         {"posteriors": frame},
     )
@@ -194,7 +194,7 @@ def _by_bandit(study: Study, frame: pd.DataFrame) -> alt.Scale:
 
 
 def pulls(study: Study, dataset: str) -> Figure | None:
-    """How often each arm was drawn."""
+    """Number of steps in which each reference was drawn."""
     rows = []
     for run in _multi(study, dataset).itertuples():
         record = study.records[str(run.source)]
@@ -229,14 +229,14 @@ def pulls(study: Study, dataset: str) -> Figure | None:
         "bandit",
         dataset,
         "How often each reference was drawn",
-        "Mean over seeds; the line runs from the seed with fewest to that with most.",
+        "Mean over seeds; the line extends from the seed with fewest draws to the one with most.",
         chart.properties(width="container", height=14 * len(methods) * len(slugs)),
         {"pulls": frame},
     )
 
 
 def rise_shares(study: Study, dataset: str, what: str) -> Figure | None:
-    """Shares of steps across which accuracy fell, stood and rose: ``what`` is probe or batch."""
+    """Shares of steps in which accuracy on ``what`` (probe or batch) fell, stood and rose."""
     columns = {
         "probe": ("bandit/probe_before", "bandit/probe_after"),
         "batch": ("train/accuracy_before", "train/accuracy_after"),
@@ -283,8 +283,8 @@ def rise_shares(study: Study, dataset: str, what: str) -> Figure | None:
         color=alt.condition("datum.outcome == 'fell'", alt.value("white"), alt.value("black")),
     )
     subject = {
-        "probe": "the policy's accuracy on a fresh probe of validation pairs (the bandit's reward "
-        "is 1 where it rose)",
+        "probe": "the policy's accuracy on a new probe of validation pairs (the reward of Thompson "
+        "sampling is 1 if it rose)",
         "batch": "the policy's accuracy on the step's own batch",
     }[what]
     return Figure(
@@ -292,15 +292,15 @@ def rise_shares(study: Study, dataset: str, what: str) -> Figure | None:
         "bandit",
         dataset,
         f"Did {what} accuracy rise?",
-        f"Shares of steps across which {subject} fell, stood and rose; mean over seeds.",
+        f"Shares of steps in which {subject} fell, stood still and rose; mean over seeds.",
         (bars + numbers).properties(width="container", height=20 * len(methods)),
         {"rises": frame},
     )
 
 
 def weights_against_accuracy(study: Study, dataset: str, target: str) -> Figure | None:
-    """What Table 1 ranks (``target`` own: the references' accuracy) or Table 2 (single: that of
-    DPO on them), beside the weights."""
+    """Weight of each reference against an accuracy: its own if ``target`` is ``own`` (Table 1), or
+    that of single-reference DPO with it if ``target`` is ``single`` (Table 2)."""
     rows = []
     for run in _multi(study, dataset).itertuples():
         record = study.records[str(run.source)]
@@ -318,7 +318,7 @@ def weights_against_accuracy(study: Study, dataset: str, target: str) -> Figure 
     frame = means[["alpha", "accuracy"]].mean().reset_index().assign(dataset=dataset).round(4)
     present = losses(frame)
     kinds = list(dict.fromkeys(frame["weighting"]))
-    title = "its own test accuracy" if target == "own" else "test accuracy of DPO on it"
+    title = "its own test accuracy" if target == "own" else "test accuracy of DPO with it"
     chart = (
         points("pairs")
         .mark_point(filled=True, size=50, opacity=0.8)
@@ -341,8 +341,8 @@ def weights_against_accuracy(study: Study, dataset: str, target: str) -> Figure 
         "alpha",
         dataset,
         f"Weight against {title}",
-        f"A mark is a reference: its weight under a method against {title}, means over seeds. "
-        f"Table {1 if target == 'own' else 2} ranks these.",
+        f"Each mark is a reference: its weight under a method against {title}, means over seeds. "
+        f"Table {1 if target == 'own' else 2} has the rank correlations.",
         chart,
         {"pairs": frame},
     )

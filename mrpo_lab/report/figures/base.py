@@ -1,7 +1,8 @@
-"""What all figures share: one description gives the page's interactive figure, a PNG and a PDF.
+"""What all figures share. One Vega-Lite chart becomes the interactive figure, a PNG and a PDF.
 
-Colours are told apart by the colour-blind (after Okabe and Ito 2008) and stand on light and dark
-grounds; what a colour says, a shape or a place says too, so that figures hold in grayscale.
+Colors can be distinguished by color-blind readers (after Okabe and Ito 2008) and are visible on
+light and dark backgrounds. Whatever a color shows is also shown by a shape or a position, so that
+figures can be read in grayscale.
 """
 
 from __future__ import annotations
@@ -18,34 +19,34 @@ GRAY, BLUE, ORANGE, GREEN, PURPLE = "#7b7b7b", "#2b7bba", "#d55e00", "#1a936f", 
 LOSS_COLORS = {"dpo": GRAY, "mdpo": BLUE, "mrpo": ORANGE, "geometric": GREEN}
 LOSS_SHAPES = {"dpo": "circle", "mdpo": "square", "mrpo": "triangle-up", "geometric": "diamond"}
 WIDTH = 520
-"""Of a figure on paper; on the page a figure is as wide as its place."""
+"""Width of a figure on paper; on the page a figure is as wide as its container."""
 FACET_WIDTH, FACET_HEIGHT = 190, 120
 SEQUENTIAL: Any = "viridis"
 INK = "currentColor"
-"""The page's text colour, light or dark; paper replaces it by black."""
+"""The text color of the page, light or dark; on paper it is black."""
 
 
 @dataclass(frozen=True)
 class Figure:
-    """One figure of one dataset."""
+    """One figure for one data set."""
 
     key: str
     section: str
     dataset: str
     title: str
     caption: str
-    """What it shows and how it is read."""
+    """What the figure shows and how to read it."""
     chart: Any
     data: Mapping[str, pd.DataFrame] = field(default_factory=dict)
-    """By the name under which the chart refers to it."""
+    """Data frames by the names that the chart uses for them."""
 
     @property
     def file(self) -> str:
-        """Name of its files, without what has no place in one."""
+        """Name of the figure's files, without characters that are unusual in one."""
         return re.sub(r"[^\w.=+-]+", "-", f"{self.dataset}-{self.key}")
 
     def spec(self) -> dict[str, Any]:
-        """Vega-Lite, without data."""
+        """The Vega-Lite specification without data."""
         spec: dict[str, Any] = self.chart.to_dict(validate=False)
         spec.pop("config", None)
         spec.pop("datasets", None)
@@ -54,7 +55,7 @@ class Figure:
         return spec
 
     def on_paper(self) -> dict[str, Any]:
-        """Vega-Lite with its data, black on white."""
+        """The Vega-Lite specification with its data, black on white."""
         spec = self.spec()
         rows = {name: frame.to_dict("records") for name, frame in self.data.items()}
         if spec.get("width") == "container":
@@ -69,7 +70,7 @@ class Figure:
 
 
 def config(ink: str = INK, ground: str = "transparent") -> dict[str, Any]:
-    """Vega-Lite's configuration: thin axes, light grids, ``ink`` for all text."""
+    """Configuration of Vega-Lite: thin axes, light grids, ``ink`` for all text."""
     return {
         "background": ground,
         "font": "system-ui, 'Liberation Sans', Arial, sans-serif",
@@ -106,7 +107,7 @@ def config(ink: str = INK, ground: str = "transparent") -> dict[str, Any]:
 
 
 def losses(frame: pd.DataFrame) -> list[str]:
-    """Losses that occur, in the order of their colours."""
+    """Losses that occur in a frame, in the order of their colors."""
     present = list(dict.fromkeys(frame["loss"]))
     return sorted(present, key=lambda loss: (_combination(loss), loss))
 
@@ -118,7 +119,7 @@ def _combination(loss: str) -> int:
 
 
 def loss_color(present: Sequence[str], **options: Any) -> alt.Color:
-    """Colour by loss; a loss of another name, or with a link or clip, is purple."""
+    """Color by loss; losses without a color of their own, as with a link or clip, are purple."""
     colors = [LOSS_COLORS.get(loss, PURPLE) for loss in present]
     return alt.Color(
         "loss:N", scale=alt.Scale(domain=list(present), range=colors), title="loss", **options
@@ -133,5 +134,5 @@ def loss_shape(present: Sequence[str], **options: Any) -> alt.Shape:
 
 
 def points(name: str) -> alt.Chart:
-    """A chart of the data set ``name`` of its figure."""
+    """A chart of the data frame ``name`` of its figure."""
     return alt.Chart(alt.NamedData(name))

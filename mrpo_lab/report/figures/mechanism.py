@@ -1,4 +1,4 @@
-"""How far references acted, and what they are like."""
+"""How strongly the references act, and what they are like."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from mrpo_lab.report.figures.base import (
     losses,
     points,
 )
-from mrpo_lab.report.mechanism import (
+from mrpo_lab.report.measures import (
     QUANTILES,
     SWEEPS,
     reference_agreement,
@@ -33,7 +33,7 @@ BINS = 60
 
 
 def pair_weights(study: Study, dataset: str) -> Figure | None:
-    """The distribution of the per-pair weight over steps."""
+    """Distribution of the pair weights over steps."""
     names = {f"pair_weight/p{q:02}": f"p{q:02}" for q in QUANTILES}
     parts = []
     here = study.compared[study.compared["dataset"] == dataset]
@@ -77,18 +77,18 @@ def pair_weights(study: Study, dataset: str) -> Figure | None:
         "pair-weights",
         "mechanism",
         dataset,
-        "How differently pairs are weighted",
-        "References only re-weight pairs: the gradient of every loss is, pair by pair, a scalar "
-        "times the same direction, and this is that scalar over β. Line: the batch's median pair; "
-        "bands: the middle half and the middle nine tenths. A narrow band: all pairs count alike, "
-        "and the references hardly act.",
+        "Distribution of pair weights",
+        "References only re-weight pairs: under every loss the gradient of a pair is a scalar "
+        "times the same direction, and the weight is this scalar over β. Line: median over the "
+        "batch; bands: 25th to 75th and 5th to 95th percentile. If the band is narrow, all pairs "
+        "count alike and the references hardly act.",
         chart,
         {"quantiles": frame},
     )
 
 
 def against(study: Study, dataset: str, key: str) -> Figure | None:
-    """Accuracy against beta, K, or the number of training pairs."""
+    """Accuracy against beta, K, or the number of training pairs (``key``)."""
     runs = swept(study, key)
     runs = runs[runs["dataset"] == dataset]
     if runs["x"].nunique() < 2:
@@ -130,14 +130,15 @@ def against(study: Study, dataset: str, key: str) -> Figure | None:
         "mechanism",
         dataset,
         f"Accuracy against {title}",
-        "Runs that differ in this alone. Mean over seeds, one standard error; small: each seed.",
+        "Runs that differ in nothing else. Mean over seeds with one standard error; small marks: "
+        "single seeds.",
         chart.properties(width="container", height=220),
         {"swept": runs[columns].round(4)},
     )
 
 
 def margins(study: Study, dataset: str) -> Figure | None:
-    """Distribution of each reference's margin."""
+    """Distribution of the margins of each reference."""
     table = reference_pairs(study, dataset)
     if table.empty:
         return None
@@ -163,16 +164,16 @@ def margins(study: Study, dataset: str) -> Figure | None:
         "references",
         dataset,
         "Margins of the references",
-        "Log-probability of the chosen reply less that of the rejected one. Bar: the middle half "
-        "of the pairs, its gap the median; line: the middle nine tenths. Right of 0: the reference "
-        "agrees with the label.",
+        "Log-probability of the chosen reply minus that of the rejected one. Bar: 25th to 75th "
+        "percentile of the pairs, with a gap at the median; line: 5th to 95th percentile. Right of "
+        "0 the reference agrees with the label.",
         chart.properties(width="container", height=20 * len(frame)),
         {"margins": frame, "zero": pd.DataFrame({"p50": [0.0]})},
     )
 
 
 def agreement(study: Study, dataset: str) -> Figure | None:
-    """References x references."""
+    """Share of test pairs that every two references rank alike."""
     table = reference_agreement(study)
     table = table[table["dataset"] == dataset].round(3)
     if table.empty:
@@ -205,8 +206,8 @@ def agreement(study: Study, dataset: str) -> Figure | None:
         "references",
         dataset,
         "Agreement between references",
-        "Share of test pairs that two references rank alike; one half would be chance for "
-        "references that are right as often as not.",
+        "Share of test pairs that two references rank alike. Independent references with an "
+        "accuracy of one half would agree on half of the pairs.",
         chart.properties(width="container", height=26 * len(slugs)),
         {"agreement": table},
     )

@@ -1,1 +1,31 @@
-"""Faster forms of layers that compute the same numbers."""
+"""Faster forms of a model's layers, each accepted only where it computes the same numbers.
+
+``fuse`` is the only entry: it replaces the ``forward`` of single layers and leaves every layer that
+is different in any way to transformers or peft.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import nn
+
+from mrpo_lab.scoring.kernels import lora, norms, swiglu
+
+Kernels = Literal["auto", "off"]
+"""``auto``: fused layers, packed rows and chunked logits wherever the model allows them.
+``off``: plain transformers and peft, to check a number or to find a fault."""
+KERNELS: tuple[Kernels, ...] = ("auto", "off")
+
+
+def fuse(model: nn.Module) -> None:
+    """Replace the forward of all layers of ``model`` that a faster one fits, in place.
+
+    Call it once, when the model is complete: on its device, with its adapters, in evaluation mode,
+    and with ``requires_grad`` set, since RMS norms are replaced only where they are frozen. Forward
+    results stay the same to the last bits; LoRA's sum is rounded to the model's dtype once less.
+    """
+    if hasattr(model, "peft_config"):
+        lora.fuse(model)
+    norms.fuse(model)
+    swiglu.fuse(model)

@@ -1,8 +1,8 @@
-"""LoRA without its overhead: peft's layers, their sum computed as one operation in place.
+"""LoRA without its overhead: the adapter's product is added to the base layer's output in place.
 
 peft adds an adapter's output by separate multiplications and additions of whole activations, in
-float32 whatever the model's dtype. Here the low-rank product is accumulated where the base layer
-wrote its output, in the model's dtype: the same sum, with nothing of the activation's size kept.
+float32 whatever the model's dtype. Here one operation accumulates the low-rank product where the
+base layer wrote its output, in the model's dtype, and no other tensor of that size is kept.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 
 class AddLowRank(torch.autograd.Function):
-    """base + scale * x A' B', written into ``base``."""
+    """base + scale * x A^T B^T, written into ``base`` (Hu et al., arXiv 2106.09685, equation 3)."""
 
     @staticmethod
     def forward(
@@ -50,8 +50,11 @@ add_low_rank: Callable[..., Tensor] = AddLowRank.apply
 
 
 def fuse(model: nn.Module) -> None:
-    """Let every plain LoRA layer of a peft model compute its sum by ``AddLowRank``; layers with
-    dropout, several adapters or a variant of LoRA stay peft's."""
+    """Replace every plain LoRA layer of a peft model by one that uses ``AddLowRank``.
+
+    Layers with dropout, several adapters or a variant of LoRA keep peft's forward. Which layers are
+    plain is decided by their structure: before training an adapter adds 0, so numbers tell nothing.
+    """
     from peft.tuners.lora import LoraLayer
 
     for layer in model.modules():
@@ -61,6 +64,7 @@ def fuse(model: nn.Module) -> None:
 
 
 def _is_plain(layer: Any) -> bool:
+    """Whether the layer adds one low-rank product to its base layer, and does nothing else."""
     if len(layer.lora_A) != 1 or layer.lora_variant or layer.lora_embedding_A:
         return False
     (name,) = layer.lora_A
@@ -76,5 +80,5 @@ def _forward(layer: Any, peft_forward: Any, name: str, x: Tensor, *args: Any, **
         return peft_forward(x, *args, **kwargs)
     a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
     base = layer.base_layer(x)
-    # Quantised layers return views, in which autograd allows no writing.
+    # Quantized layers return views, in which autograd allows no writing.
     return add_low_rank(base.clone() if base._is_view() else base, x, a, b, layer.scaling[name])

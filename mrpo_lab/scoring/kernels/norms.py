@@ -1,4 +1,4 @@
-"""RMSNorm in half the passes over memory, and nothing kept for the backward pass but its input."""
+"""RMSNorm in half the passes over memory, keeping only its input for the backward pass."""
 
 from __future__ import annotations
 
@@ -10,12 +10,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-SAME = 1e-6
-"""Relative: the sum of squares rounds in float32. In 16 bits one rounding more is far beyond it."""
+from mrpo_lab.scoring.kernels.replacement import replace_forward
+
+TOLERANCE = 1e-6
+"""Largest relative difference: in float32 another order of summing the squares changes the last
+bit. In 16 bits it admits no difference, since a changed last bit is a change by 4e-4 or more."""
 
 
 class RMSNorm(torch.autograd.Function):
-    """x / sqrt(mean(x^2) + eps) in float32, rounded to x's dtype, times ``weight``."""
+    """x / sqrt(mean(x^2) + eps) in float32, rounded to x's dtype, times the constant ``weight``
+    (Zhang and Sennrich, arXiv 1910.07467, equation 4)."""
 
     @staticmethod
     def forward(
@@ -43,10 +47,10 @@ rms_norm: Callable[..., Tensor] = RMSNorm.apply
 
 @torch.no_grad()
 def fuse(model: nn.Module) -> None:
-    """Let every frozen layer that computes this, by whatever name, compute it this way.
+    """Replace every frozen RMSNorm whose numbers stay the same within ``TOLERANCE``.
 
-    Model families have classes of their own for it, some with weights around 0 instead of 1: the
-    effective weight is read off, and a layer is taken over only if its numbers are the same.
+    Model families have classes of their own for it, some with weights around 0 instead of 1, so the
+    effective weight is measured: it is what a layer makes of a vector of equal entries.
     """
     for layer in model.modules():
         eps = getattr(layer, "variance_epsilon", getattr(layer, "eps", None))
@@ -58,10 +62,10 @@ def fuse(model: nn.Module) -> None:
             and type(layer).__name__.endswith("RMSNorm")
         ):
             sample = torch.linspace(-2, 3, len(weight), device=weight.device).to(weight.dtype)
-            flat = torch.full_like(sample, 1024.0)  # beside it eps is nothing: normalised to 1
-            effective = layer(flat)
-            if torch.allclose(rms_norm(sample, effective, eps), layer(sample), SAME, 0):
-                layer.forward = partial(_forward, effective, eps)
+            # 1024 is large enough for eps to vanish beside its square: normalized it is 1.
+            effective_weight = layer(torch.full_like(sample, 1024.0))
+            forward = partial(_forward, effective_weight, eps)
+            replace_forward(layer, forward, sample, TOLERANCE)
 
 
 def _forward(weight: Tensor, eps: float, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""SwiGLU that keeps its two factors' inputs for the backward pass, and no product of them."""
+"""SwiGLU that keeps its two inputs for the backward pass, and no product of them."""
 
 from __future__ import annotations
 
@@ -10,6 +10,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import silu
+
+from mrpo_lab.scoring.kernels.replacement import replace_forward
+
+TOLERANCE = 0.0
+"""The forward pass does the same operations in the same order, so every bit must be the same."""
 
 
 class SwiGLU(torch.autograd.Function):
@@ -32,18 +37,18 @@ class SwiGLU(torch.autograd.Function):
 swiglu: Callable[..., Tensor] = SwiGLU.apply
 
 
-@torch.no_grad()
 def fuse(model: nn.Module) -> None:
-    """Let every layer that computes down(silu(gate(x)) * up(x)), and nothing else, compute it this
-    way: one is taken over only if its numbers are the same. Quantised layers, which may change when
-    they are first evaluated, stay as they are."""
+    """Replace every layer that computes down(silu(gate(x)) * up(x)), and nothing else.
+
+    The three projections must be plain linear layers, or such layers with LoRA. Quantized ones may
+    change when they are first evaluated, so a layer that has them stays as it is.
+    """
     for layer in model.modules():
         parts = [getattr(layer, f"{part}_proj", None) for part in ("gate", "up", "down")]
-        if all(type(part) is nn.Linear for part in parts):
-            gate: Any = parts[0]
-            sample = torch.linspace(-2, 3, gate.in_features).to(gate.weight)[None]
-            if torch.equal(_forward(layer, sample), layer(sample)):
-                layer.forward = partial(_forward, layer)
+        linear: list[Any] = [getattr(part, "base_layer", part) for part in parts]  # without LoRA
+        if all(type(part) is nn.Linear for part in linear):
+            sample = torch.linspace(-2, 3, linear[0].in_features).to(linear[0].weight)[None]
+            replace_forward(layer, partial(_forward, layer), sample, TOLERANCE)
 
 
 def _forward(layer: Any, x: Tensor) -> Tensor:

@@ -1,0 +1,97 @@
+"""What the training loop is given: the policy's tokens and the reference scores, by pool index."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from jaxtyping import Float
+from torch import Tensor
+
+from mrpo_lab.data.conditioning import conditioned
+from mrpo_lab.data.texts import Item, Message, Replies
+from mrpo_lab.data.tokenization import Tokenization
+from mrpo_lab.errors import UserError
+from mrpo_lab.objective.labels import PREFERENCE, Labels
+from mrpo_lab.objective.scores import Scores
+
+
+class PolicyTokens:
+    """Token rows of the pool's items under the policy's tokenizer, made when first needed.
+
+    If ``conditioned``, lambda is written into the system message, so rows depend on it.
+    """
+
+    def __init__(
+        self,
+        tokenization: Tokenization,
+        items: Sequence[Item],
+        aspects: Sequence[str],
+        conditioned: bool = False,
+    ) -> None:
+        self.conditioned = conditioned
+        self._tokenization, self._items, self._aspects = tokenization, items, aspects
+        self._known: dict[int, Replies] = {}
+
+    def rows(self, indices: Sequence[int], lambda_: Float[Tensor, " A"]) -> list[Replies]:
+        """Token rows of the items at ``indices``, conditioned on ``lambda_`` if they are at all.
+
+        Raises:
+            UserError: the policy's template refuses a system message.
+        """
+        if self.conditioned:
+            items = [self._items[i] for i in indices]
+            return self._tokenize([replace(i, prompt=self._tell(i, lambda_)) for i in items])
+        new = [i for i in dict.fromkeys(indices) if i not in self._known]
+        self._known.update(zip(new, self._tokenize([self._items[i] for i in new]), strict=True))
+        return [self._known[i] for i in indices]
+
+    def prompt(self, index: int, lambda_: Float[Tensor, " A"]) -> tuple[Message, ...]:
+        """The prompt that the policy is given for an item, with lambda in it if conditioned."""
+        item = self._items[index]
+        return self._tell(item, lambda_) if self.conditioned else item.prompt
+
+    def _tell(self, item: Item, lambda_: Float[Tensor, " A"]) -> tuple[Message, ...]:
+        return conditioned(item.prompt, self._aspects, lambda_.tolist())
+
+    def _tokenize(self, items: Sequence[Item]) -> list[Replies]:
+        rows = [row for row in self._tokenization.rows(items) if row is not None]
+        if len(rows) < len(items):  # without a system message, every prompt passed the filters
+            raise UserError("lambda.condition: the policy's template refuses a system message")
+        return rows
+
+
+@dataclass(frozen=True)
+class Data:
+    """Everything the loop knows about the pool of pairs or lists."""
+
+    items: Sequence[Item]
+    tokens: PolicyTokens
+    refs: Scores
+    """Reference scores (N, K, R) on the CPU, with float64 sums."""
+    labels: Labels
+    slugs: list[str]
+    """Names of the K references; the first is the anchor."""
+    train: np.ndarray
+    val: np.ndarray
+    test: np.ndarray
+    """Pool indices of each split."""
+    ids: np.ndarray
+    """Content hashes (N, R) of the replies."""
+    fingerprint: str
+    """Hash of the texts, labels and splits: a run resumes only on the same data."""
+
+    @property
+    def lists(self) -> bool:
+        """Whether items are lists rated by aspects rather than chosen and rejected replies."""
+        return self.labels.aspects != [PREFERENCE]
+
+    def target(self, indices: Sequence[int], lambda_: Float[Tensor, " A"]) -> Float[Tensor, "B R"]:
+        """How much each reply is to be preferred under ``lambda_``; (1, 0) for a pair."""
+        return self.labels[indices].mix(lambda_)
+
+    def name(self, index: int) -> str:
+        """What messages call an item."""
+        prompt = self.items[index].prompt[-1]["content"]
+        return f"pair {index} of the pool ({prompt[:60]!r})"

@@ -1,0 +1,102 @@
+"""Records a run: its folder, which is the truth, and the tracker that mirrors it."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor
+
+from mrpo_lab.errors import UserError
+from mrpo_lab.models.policy import Policy
+from mrpo_lab.objective.losses import PreferenceLoss
+from mrpo_lab.objective.scores import Scores
+from mrpo_lab.runs.folder import Run
+from mrpo_lab.runs.test_pairs import write_test_pairs
+from mrpo_lab.runs.tracking import Tracker
+from mrpo_lab.runs.trade_off import write_trade_off
+from mrpo_lab.training.inputs import Data
+from mrpo_lab.training.state import LoopState
+
+
+class Recorder:
+    """Writes everything that a run leaves behind, in the main process; does nothing in others."""
+
+    def __init__(self, run: Run, tracker: Tracker, resolved: dict[str, Any], active: bool) -> None:
+        """
+        Args:
+            resolved: the configuration that the tracker shows.
+            active: whether this is the main process.
+        """
+        self.run, self._tracker = run, tracker
+        self._resolved, self._active = resolved, active
+
+    def start(self, last_step: int) -> None:
+        """Open the run's files and its tracker; metrics after ``last_step`` are forgotten.
+
+        ``last_step`` is the step of the checkpoint that the run resumes from, -1 without one.
+        """
+        if self._active:
+            self.run.begin()
+            past = self.run.rewind(last_step)
+            self._tracker.start(self.run.folder, self.run.name, self._resolved, past)
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Add one line to ``metrics.jsonl`` and to the tracker."""
+        if self._active:
+            self.run.log(step, metrics)
+            self._tracker.log(step, metrics)
+
+    def write_alpha(self, slugs: Sequence[str]) -> None:
+        """Write ``alpha.parquet`` from the metrics so far."""
+        if self._active:
+            self.run.write_alpha(slugs)
+
+    def fail(self, error: BaseException, state: LoopState) -> None:
+        """Record a run that could not go on; its last checkpoint stays as it was."""
+        interrupted = isinstance(error, KeyboardInterrupt)
+        failure = {
+            "status": "interrupted" if interrupted else "failed",
+            "error": str(error) or type(error).__name__,
+            "steps": state.step,
+            "wall_seconds": round(state.seconds, 3),
+        }
+        if not isinstance(error, (UserError, KeyboardInterrupt)):
+            failure["traceback"] = "".join(traceback.format_exception(error))
+        if self._active:
+            self.run.finish(failure)
+            self._tracker.finish(failure, failed=True)
+
+    def finish(
+        self,
+        result: Mapping[str, Any],
+        policy: Policy,
+        data: Data,
+        target: Float[Tensor, "N_test R"],
+        loss: PreferenceLoss,
+        state: LoopState,
+        trade_off: Sequence[Mapping[str, Any]],
+    ) -> None:
+        """Save what was trained, then ``result.json``, which marks the run as finished.
+
+        ``target``: how much each reply of the test split is to be preferred.
+        """
+        if not self._active:
+            return
+        policy.save(self.run.folder / "adapter")
+        write_test_pairs(
+            self.run.folder / "test_pairs.parquet",
+            data.ids[data.test],
+            data.slugs,
+            data.refs[data.test.tolist()],
+            Scores(**state.base_test),
+            Scores(**state.latest_test),
+            target,
+            loss,
+        )
+        if trade_off:
+            write_trade_off(self.run.folder / "trade_off.parquet", trade_off)
+        self.run.finish(result)
+        self._tracker.finish(result)
