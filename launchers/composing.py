@@ -29,7 +29,7 @@ SCORED = ("dataset", "model", "reference_set")
 """Sections of a configuration that decide which texts are scored, and by which references."""
 INDEPENDENT = ("seed", "weighting")
 """Config groups whose options choose for no other group, and set neither a run's ``name`` nor a
-section of ``SCORED``. Another option of them changes that one choice in ``Composed`` and no more."""
+section of ``SCORED``. Another option of them changes only that one choice in ``Composed``."""
 JOBS_HAVE = ("main", "hydra", "schema")
 """Hydra's names for the sources of configuration that jobs have too: ``conf/`` and Hydra's own."""
 
