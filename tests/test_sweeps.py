@@ -1,5 +1,6 @@
 """The runs of a sweep, their names, their resources, and sweeps on this machine."""
 
+import functools
 import os
 import re
 import signal
@@ -49,24 +50,28 @@ def real_name(overrides: list[str]) -> str:
     return run_name(cfg.name, cfg.hydra.runtime.choices, cfg.hydra.overrides.task)
 
 
-@pytest.mark.parametrize("sweep", SWEEPS)
-def test_header_states_the_number_of_runs(sweep: str) -> None:
+@functools.cache
+def opened_sweep(sweep: str) -> tuple[Opened, list[list[str]], list[str]]:
+    """A sweep's configuration, its runs' overrides, and their names from shared compositions."""
     opened = Opened(f"sweep={sweep}")
     runs = opened.runs(f"sweep={sweep}")
+    return opened, runs, [opened.composer.name(run) for run in runs]
+
+
+@pytest.mark.parametrize("sweep", SWEEPS)
+def test_header_states_the_number_of_runs(sweep: str) -> None:
+    _, runs, names = opened_sweep(sweep)
     header = [line for line in SWEEPS[sweep].read_text().splitlines() if line.startswith("#")]
     (stated,) = re.findall(r"(\d+) runs", " ".join(header))
-    names = {opened.composer.name(run) for run in runs}
-    assert [int(stated)] * 2 == [len(runs), len(names)]
+    assert [int(stated)] * 2 == [len(runs), len(set(names))]
     page = (ROOT / "docs" / "sweeps.md").read_text()
     assert f"| `{sweep}` | {stated} |" in page
 
 
 @pytest.mark.parametrize("sweep", SWEEPS)
 def test_names_from_shared_compositions_are_those_of_the_single_command(sweep: str) -> None:
-    opened = Opened(f"sweep={sweep}")
-    runs = opened.runs(f"sweep={sweep}")
+    opened, runs, shared = opened_sweep(sweep)
     few = runs[:: max(1, len(runs) // 4)]
-    shared = [opened.composer.name(run) for run in runs]
     assert [shared[runs.index(run)] for run in few] == [real_name(run) for run in few]
     sections = [opened.composer.sections(run) for run in few]
     for run, found in zip(few, sections, strict=True):
