@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import get_scheduler
 
 from mrpo_lab.errors import UserError
 from mrpo_lab.models.policy import Policy
@@ -30,6 +29,7 @@ from mrpo_lab.training.inputs import Batch, Data
 from mrpo_lab.training.interruption import Interruption
 from mrpo_lab.training.metrics import batch_metrics
 from mrpo_lab.training.recorder import Recorder
+from mrpo_lab.training.schedule import learning_rate_factor
 from mrpo_lab.training.state import LoopState
 from mrpo_lab.training.state_file import load_state, save_state
 from mrpo_lab.training.workers import Workers
@@ -62,11 +62,11 @@ class Trainer:
         self.optimizer = optimizer(list(policy.trainable.values()))
         self.steps_per_epoch = -(-len(data.train) // config.batch_size)
         self.total_steps = self.steps_per_epoch * config.epochs
-        self.scheduler = get_scheduler(
-            f"{config.schedule}_with_warmup" if config.schedule == "constant" else config.schedule,
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer,
-            num_warmup_steps=config.warmup_steps,
-            num_training_steps=self.total_steps,
+            lambda step: learning_rate_factor(
+                step, config.schedule, config.warmup_steps, self.total_steps
+            ),
         )
         spread = np.linspace(0, self.total_steps, config.evaluations + 1)[1:].round().astype(int)
         self.evaluation_steps = {*spread.tolist(), self.total_steps}
