@@ -23,7 +23,7 @@ from mrpo_lab.data.tokenization import Tokenization
 from mrpo_lab.errors import UserError, first_line
 from mrpo_lab.scoring.kernels import KERNELS, Kernels, fuse
 from mrpo_lab.storage import cache, hub
-from mrpo_lab.storage.files import write_whole
+from mrpo_lab.storage.files import local_path, write_whole
 
 # transformers shows a bar for every model loaded or saved. Downloads keep theirs.
 disable_progress_bar()
@@ -187,13 +187,14 @@ def locate(path: str, revision: str | None = None) -> Path:
     """
     if path.startswith("embedded:"):
         return embedded.folder(path.removeprefix("embedded:"))
-    local = Path(path).expanduser()
+    local = local_path(path)
     if local.is_dir():
         return local
     if path.startswith(("/", ".", "~")) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path):
         raise UserError(f"there is no model folder {path}")
-    mirror = Path(os.environ.get("MRPO_LAB_MODELS", "")) / path
-    if "MRPO_LAB_MODELS" in os.environ and mirror.is_dir():
+    if (models := os.environ.get("MRPO_LAB_MODELS", "").strip()) and (
+        mirror := local_path(models) / path
+    ).is_dir():
         return mirror
     return hub.snapshot(path, revision)
 

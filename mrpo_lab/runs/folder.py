@@ -16,9 +16,10 @@ from filelock import FileLock, Timeout
 
 from mrpo_lab.errors import UserError
 from mrpo_lab.runs.identity import difference
+from mrpo_lab.runs.naming import check_name
 from mrpo_lab.runs.provenance import provenance
 from mrpo_lab.runs.reading import finished, read_json, read_lines
-from mrpo_lab.storage.files import write_parquet, write_whole
+from mrpo_lab.storage.files import local_path, write_parquet, write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -36,9 +37,11 @@ class Run:
         """The run that ``config`` describes; nothing is written yet.
 
         Raises:
-            UserError: the folder holds a run with another configuration.
+            UserError: the name would leave ``outputs``, or the folder holds a run with another
+                configuration.
         """
-        folder = outputs / name
+        check_name(name)
+        folder = local_path(outputs) / name
         saved = folder / "config.yaml"
         if saved.exists():
             differing = difference(config, yaml.safe_load(saved.read_text()) or {})

@@ -69,7 +69,8 @@ class Trainer:
             num_warmup_steps=config.warmup_steps,
             num_training_steps=self.total_steps,
         )
-        spread = np.linspace(0, self.total_steps, config.evaluations + 1)[1:].round().astype(int)
+        evaluations = min(config.evaluations, self.total_steps)  # more than one a step are the same
+        spread = np.linspace(0, self.total_steps, evaluations + 1)[1:].round().astype(int)
         self.evaluation_steps = {*spread.tolist(), self.total_steps}
         self.state = LoopState(alpha_sum=[0.0] * len(data.slugs))
         mean_lambda = sampler.mean_lambda(data.labels.aspects)
