@@ -11,7 +11,6 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from importlib import resources
-from pathlib import Path
 from typing import Any
 
 from benchmarks.results import print_table, surroundings
@@ -105,7 +104,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=8, help="pairs an optimizer step")
     parser.add_argument("--steps", type=int, default=3, help="timed, after one that is not")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--out", type=path_argument, help="also write all numbers to this JSON file")
+    parser.add_argument(
+        "--out", type=path_argument, help="also write all numbers to this JSON file"
+    )
     return parser.parse_args()
 
 

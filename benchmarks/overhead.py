@@ -264,7 +264,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--scale", type=int, default=10, help="of a trial of the protocol")
     parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=ROWS)
-    parser.add_argument("--out", type=path_argument, help="also write all numbers to this JSON file")
+    parser.add_argument(
+        "--out", type=path_argument, help="also write all numbers to this JSON file"
+    )
     return parser.parse_args()
 
 

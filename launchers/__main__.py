@@ -91,7 +91,9 @@ def upload(args: argparse.Namespace) -> int:
 
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="python -m launchers", description=__doc__)
-    top.add_argument("--outputs", type=path_argument, default=Path("outputs"), help="folder of the runs")
+    top.add_argument(
+        "--outputs", type=path_argument, default=Path("outputs"), help="folder of the runs"
+    )
     verbs = top.add_subparsers(required=True, metavar="VERB")
 
     def verb(name: str, function: Verb, text: str) -> argparse.ArgumentParser:

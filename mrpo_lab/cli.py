@@ -132,8 +132,8 @@ def explain(error: Exception) -> str:
         return f"{group}={option}: no such option{near(option, error.options)}"
     if ambiguous := re.match("Ambiguous value for argument '(.+)'", str(error)):
         return (
-            f"{ambiguous[1]}: several values; to run each of them, begin with -m; if it is one value, "
-            f"{quoting_advice(ambiguous[1])}"
+            f"{ambiguous[1]}: several values; to run each of them, begin with -m; "
+            f"if it is one value, {quoting_advice(ambiguous[1])}"
         )
     if isinstance(error, OverrideParseException):
         return f"{error.override}: cannot be read as key=value: {quoting_advice(error.override)}"

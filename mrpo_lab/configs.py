@@ -22,7 +22,7 @@ from mrpo_lab.errors import UserError, first_line
 ALLOWED = ("mrpo_lab.", "torch.optim.", "bitsandbytes.optim.")
 """Packages that a ``_target_`` may name: a configuration must not be able to run anything else."""
 MAGNITUDES = (1e-30, 1e30)
-"""Magnitudes that a number other than 0 may have: products of larger or smaller ones leave float32."""
+"""Magnitudes that a number other than 0 may have, so that float32 can hold what is made of it."""
 MAX_INTEGER = 2**63 - 1
 SETTINGS: dict[str, Any] = {
     "name": str,
@@ -175,7 +175,7 @@ def _problems(node: Any, path: str) -> Iterator[str]:
 
 
 def _inside(function: Any, given: Mapping[str, Any], path: str) -> Iterator[str]:
-    """Yield the problems of dicts that become the arguments of another class than the node's own."""
+    """Yield the problems of dicts that become the arguments of another class than the node's."""
     if function is mrpo_lab.ReferenceSet and isinstance(given.get("entries"), list):
         from mrpo_lab.models.references import Reference
 
@@ -205,8 +205,8 @@ def _misfits(
     parameters = inspect.signature(function).parameters
     for key in given:
         if key not in parameters and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-            takes = ", ".join(parameters) or "no keys"
-            yield f"{path}.{key}: unknown; {function.__module__}.{function.__qualname__} takes {takes}"
+            owner = f"{function.__module__}.{function.__qualname__}"
+            yield f"{path}.{key}: unknown; {owner} takes {', '.join(parameters) or 'no keys'}"
     for key, parameter in parameters.items() if complete else ():
         if parameter.default is parameter.empty and key not in given:
             yield f"{path}.{key}: required"

@@ -75,6 +75,8 @@ def score_reference(cfg: DictConfig, slug: str) -> int:
     """
     configs.check(cfg)
     experiment = Experiment.build(cfg, Workers.start())
+    with named("tracker"):  # the runs that wait for these scores would be refused
+        experiment.tracker.check()
     prepared = experiment.prepare()
     alone = replace(experiment.references, use=[slug])
     alone.scores(prepared.items, prepared.ids, experiment.workers.device)
@@ -132,6 +134,8 @@ class Experiment:
     def train(self, recorder: Recorder, interruption: Interruption | None = None) -> dict[str, Any]:
         """Prepare the data, score the references, train the policy, and record the result."""
         began = time.monotonic()
+        with named("tracker"):
+            self.tracker.check()
         prepared = self.prepare()
         if self.threads is not None:  # only from here on: building tiny7 uses all cores
             torch.set_num_threads(self.threads)

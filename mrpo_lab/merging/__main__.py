@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from mrpo_lab.cli import exit_on_user_error, path_argument
 from mrpo_lab.console import show

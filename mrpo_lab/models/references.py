@@ -21,6 +21,7 @@ from mrpo_lab.objective.scores import Scores
 from mrpo_lab.progress import progress
 from mrpo_lab.scoring.kernels import Kernels
 from mrpo_lab.scoring.scorer import ReplyScorer
+from mrpo_lab.storage import cache
 from mrpo_lab.storage.files import write_whole
 from mrpo_lab.storage.tables import Table
 
@@ -215,7 +216,8 @@ class ReferenceSet:
         precision = "float16" if reference.quantization == "int8" else reference.dtype
         findings = check_scoring(reference.slug, scorer, rows, vocabulary, precision)
         problems = [finding.problem for finding in findings]
-        write_whole(table.folder / "gate.json", json.dumps(problems).encode())
+        with cache.writing():
+            write_whole(table.folder / "gate.json", json.dumps(problems).encode())
         if self.gate == "stop":
             self._report(findings)  # before hours of scoring, not after them
         replies = sum(map(len, rows))

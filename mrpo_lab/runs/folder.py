@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from mrpo_lab.runs.identity import difference
 from mrpo_lab.runs.naming import check_name
 from mrpo_lab.runs.provenance import provenance
 from mrpo_lab.runs.reading import finished, read_json, read_lines
-from mrpo_lab.storage.files import local_path, write_parquet, write_whole
+from mrpo_lab.storage.files import local_path, naming, write_parquet, write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -73,11 +74,36 @@ class Run:
         except OSError as error:
             raise UserError(f"outputs: cannot write {self.folder}: {error.strerror}") from error
         try:
+            self._remove_drafts()
             yield
         finally:
             lock.release()
             if not (self.folder / "config.yaml").exists():
                 self._remove_empty()
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Turn an error while writing to the folder into one that says what to do.
+
+        Raises:
+            UserError: the disk is full, or the folder cannot be written for another reason.
+        """
+        try:
+            with naming(self.folder):
+                yield
+        except OSError as error:
+            raise UserError(
+                f"outputs: cannot write {self.folder}: {error.strerror}: make room there; the same "
+                "command goes on from the last checkpoint"
+            ) from error
+
+    def _remove_drafts(self) -> None:
+        """Remove what a killed process was writing; the lock is held, so nobody else is writing."""
+        for draft in [*self.folder.glob(".*.tmp"), *self.folder.glob("checkpoint/.*.tmp")]:
+            if draft.is_dir():
+                shutil.rmtree(draft, ignore_errors=True)
+            else:
+                draft.unlink(missing_ok=True)
 
     def _remove_empty(self) -> None:
         """Remove the folders of a run that was refused before it began."""
@@ -94,15 +120,17 @@ class Run:
     def begin(self) -> None:
         """Write the configuration and add this session to ``provenance.json``."""
         config = yaml.safe_dump(self.config, sort_keys=False)
-        write_whole(self.folder / "config.yaml", config.encode())
-        sessions = read_json(self.folder / "provenance.json").get("sessions", [])
-        self._write_json("provenance.json", {"sessions": [*sessions, provenance()]})
-        (self.folder / "result.json").unlink(missing_ok=True)
+        with self.writing():
+            write_whole(self.folder / "config.yaml", config.encode())
+            sessions = read_json(self.folder / "provenance.json").get("sessions", [])
+            session = {**provenance(), "inputs": self.inputs}
+            self._write_json("provenance.json", {"sessions": [*sessions, session]})
+            (self.folder / "result.json").unlink(missing_ok=True)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Append one line to ``metrics.jsonl``; values that are not finite become null."""
         line = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
-        with (self.folder / "metrics.jsonl").open("a") as file:
+        with self.writing(), (self.folder / "metrics.jsonl").open("a") as file:
             file.write(json.dumps({"step": step, **line}) + "\n")
 
     def metrics(self) -> list[dict[str, float]]:
@@ -113,7 +141,8 @@ class Run:
         """Remove metrics after ``step``, whose steps will be run again, and return the others."""
         kept = [line for line in self.metrics() if line["step"] <= step]
         text = "".join(json.dumps(line) + "\n" for line in kept)
-        write_whole(self.folder / "metrics.jsonl", text.encode())
+        with self.writing():
+            write_whole(self.folder / "metrics.jsonl", text.encode())
         return kept
 
     def write_alpha(self, slugs: Sequence[str]) -> None:
@@ -123,11 +152,13 @@ class Run:
         lines = [line for line in self.metrics() if f"alpha/{slugs[0]}" in line]
         columns = {"step": [int(line["step"]) for line in lines]}
         table = pa.table(columns | {s: [line[f"alpha/{s}"] for line in lines] for s in slugs})
-        write_parquet(self.folder / "alpha.parquet", table)
+        with self.writing():
+            write_parquet(self.folder / "alpha.parquet", table)
 
     def finish(self, result: Mapping[str, Any]) -> None:
         """Write ``result.json``; ``status: finished`` in it marks the run as finished."""
         self._write_json("result.json", dict(result))
 
     def _write_json(self, name: str, content: dict[str, Any]) -> None:
-        write_whole(self.folder / name, (json.dumps(content, indent=2) + "\n").encode())
+        with self.writing():
+            write_whole(self.folder / name, (json.dumps(content, indent=2) + "\n").encode())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import re
+import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -48,6 +49,28 @@ def replacing(path: Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             draft.unlink(missing_ok=True)
+
+
+@contextmanager
+def replacing_folder(path: Path) -> Iterator[Path]:
+    """Replace a folder by the one that is written to the path that is yielded.
+
+    If writing fails, the former folder is left and no draft. A kill between the removal of the
+    former folder and the renaming of the new one leaves neither.
+
+    Raises:
+        OSError: the folder could not be written; ``filename`` is ``path``.
+    """
+    draft = path.with_name(f".{path.name}.tmp")
+    shutil.rmtree(draft, ignore_errors=True)
+    try:
+        with naming(path):
+            yield draft
+            if path.exists():
+                shutil.rmtree(path)
+            draft.rename(path)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from jaxtyping import Float
@@ -17,6 +18,7 @@ from mrpo_lab.runs.folder import Run
 from mrpo_lab.runs.test_pairs import write_test_pairs
 from mrpo_lab.runs.tracking import Tracker
 from mrpo_lab.runs.trade_off import write_trade_off
+from mrpo_lab.storage.files import replacing_folder
 from mrpo_lab.training.inputs import Data
 from mrpo_lab.training.state import LoopState
 
@@ -66,7 +68,8 @@ class Recorder:
         if not isinstance(error, (UserError, KeyboardInterrupt)):
             failure["traceback"] = "".join(traceback.format_exception(error))
         if self._active:
-            self.run.finish(failure)
+            with suppress(UserError):  # the disk may be full, which is then why the run fails
+                self.run.finish(failure)
             self._tracker.finish(failure, failed=True)
 
     def finish(
@@ -85,18 +88,20 @@ class Recorder:
         """
         if not self._active:
             return
-        policy.save(self.run.folder / "adapter")
-        write_test_pairs(
-            self.run.folder / "test_pairs.parquet",
-            data.ids[data.test],
-            data.slugs,
-            data.refs[data.test.tolist()],
-            Scores(**state.base_test),
-            Scores(**state.latest_test),
-            target,
-            loss,
-        )
-        if trade_off:
-            write_trade_off(self.run.folder / "trade_off.parquet", trade_off)
+        with self.run.writing():
+            with replacing_folder(self.run.folder / "adapter") as draft:
+                policy.save(draft)
+            write_test_pairs(
+                self.run.folder / "test_pairs.parquet",
+                data.ids[data.test],
+                data.slugs,
+                data.refs[data.test.tolist()],
+                Scores(**state.base_test),
+                Scores(**state.latest_test),
+                target,
+                loss,
+            )
+            if trade_off:
+                write_trade_off(self.run.folder / "trade_off.parquet", trade_off)
         self.run.finish(result)
         self._tracker.finish(result)

@@ -302,7 +302,8 @@ class Trainer:
     def save(self) -> None:
         """Write the checkpoint: everything that must survive, in one file."""
         if self.workers.is_main:
-            save_state(self.recorder.run.checkpoint, self.state_dict())
+            with self.recorder.run.writing():
+                save_state(self.recorder.run.checkpoint, self.state_dict())
         self.recorder.write_alpha(self.data.slugs)
         self.workers.wait()
 
