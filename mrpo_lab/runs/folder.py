@@ -8,7 +8,7 @@ import math
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from filelock import FileLock, Timeout
 
 from mrpo_lab.errors import UserError
 from mrpo_lab.runs.identity import difference
+from mrpo_lab.runs.inputs import changed_inputs
 from mrpo_lab.runs.naming import check_name
 from mrpo_lab.runs.provenance import provenance
 from mrpo_lab.runs.reading import finished, read_json, read_lines
@@ -32,6 +33,8 @@ class Run:
     folder: Path
     name: str
     config: dict[str, Any]
+    inputs: dict[str, str] = field(default_factory=dict)
+    """Hashes of the local files that this session reads; see ``local_inputs``."""
 
     @classmethod
     def open(cls, outputs: Path, name: str, config: dict[str, Any]) -> Run:
@@ -52,6 +55,26 @@ class Run:
                     "give this one a name of its own, name=NAME, or delete that folder"
                 )
         return cls(folder, name, config)
+
+    def check_inputs(self) -> None:
+        """Refuse to show the result, or to go on, of a run that was made from other local files.
+
+        The data of an unfinished run are compared by what is left of them after filtering: see
+        ``Trainer.restore``.
+
+        Raises:
+            UserError: names the file that has changed.
+        """
+        if self.result or self.checkpoint.exists():
+            changed = changed_inputs(self.folder, self.config)
+            if not self.result:
+                changed = [each for each in changed if not each.startswith("dataset.path: ")]
+            if changed:
+                state = "finished" if self.result else "unfinished"
+                raise UserError(
+                    f"{'; '.join(changed)}, which is {state}: "
+                    "give this one a name of its own, name=NAME, or delete that folder"
+                )
 
     @property
     def checkpoint(self) -> Path:

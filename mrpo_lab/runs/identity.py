@@ -59,10 +59,16 @@ def _is_default(config: Mapping[str, Any], path: str, value: Any) -> bool:
         return bool(DEFAULTS[path] == value)
     if "_target_" not in config:
         return False
-    from hydra.utils import get_object  # only for configurations whose keys differ
+    from hydra.utils import get_object
 
+    import mrpo_lab  # only for configurations whose keys differ, as is Hydra
+
+    target = str(config["_target_"])
+    name = target.rpartition(".")[2]
+    if target.startswith("mrpo_lab.") and name in mrpo_lab.__all__:
+        target = f"mrpo_lab.{name}"  # the module that it was saved with may be gone
     try:
-        parameters = inspect.signature(get_object(config["_target_"])).parameters
+        parameters = inspect.signature(get_object(target)).parameters
     except Exception:  # it cannot be imported any more, so its defaults are unknown
         return False
     parameter = parameters.get(path.rpartition(".")[2])
