@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from mrpo_lab.data.texts import Item, Message, TokenRow
 from mrpo_lab.errors import UserError, first_line
+from mrpo_lab.storage.files import local_path
 
 FROZEN_DATE = "26 Jul 2024"
 """Date shown by templates that print today's date: scores must not depend on the current day."""
@@ -169,8 +170,8 @@ def template_source(name: str, template: str) -> str:
     shipped = resources.files("mrpo_lab") / "templates" / f"{template}.jinja"
     if shipped.is_file():
         return shipped.read_text()
-    if Path(template).is_file():
-        return Path(template).read_text()
+    if local_path(template).is_file():
+        return local_path(template).read_text()
     raise UserError(f"{name}: template {template!r} is neither plain, chatml nor a file")
 
 

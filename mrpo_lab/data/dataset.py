@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import inf
 
 import numpy as np
 
@@ -73,10 +74,14 @@ class Dataset(ABC):
     def __post_init__(self) -> None:
         sizes = {"train": self.train, "val": self.val, "test": self.test}
         for name, size in sizes.items():
-            if size is not None and (size <= 0 or (size > 1 and size != int(size))):
+            if size is not None and not (0 < size < 1 or (1 <= size < inf and size == int(size))):
                 raise ValueError(f"{name} must be a number of pairs or a share, got {size}")
         if self.pool is not None and self.pool < 3:
             raise ValueError(f"pool must be null or at least 3, got {self.pool}")
+        if not 0 <= self.pool_seed < 2**32:
+            raise ValueError(
+                f"pool_seed must be 0 or more and below 2 to the power of 32, got {self.pool_seed}"
+            )
         if not 0 <= self.min_percentile < 50:
             raise ValueError(f"min_percentile must be in [0, 50), got {self.min_percentile}")
         if self.max_tokens < 2:

@@ -20,6 +20,7 @@ from mrpo_lab.models.weights import ModelSource
 from mrpo_lab.objective.scores import Scores
 from mrpo_lab.progress import progress
 from mrpo_lab.scoring.scorer import ReplyScorer
+from mrpo_lab.storage import cache
 from mrpo_lab.storage.files import write_whole
 from mrpo_lab.storage.tables import Table
 
@@ -27,6 +28,8 @@ logger = logging.getLogger(__name__)
 
 FORMAT = 1
 """Version of the stored numbers: increase it when their meaning changes."""
+NO_SLUGS = ("step", "undecided_pairs")
+"""Names that files of a run give to something else: a column of ``alpha.parquet``, and a metric."""
 SHARD_ROWS = 256
 """Number of items between two writes to the store, which an interruption can lose."""
 
@@ -37,6 +40,13 @@ class Reference(ModelSource):
 
     slug: str
     """Name of the reference in configuration, metrics and figures."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.slug in NO_SLUGS:
+            raise ValueError(f"slug: {self.slug} is the name of something else in a run's files")
+        if self.slug != self.slug.strip() or not self.slug or not self.slug.isprintable():
+            raise ValueError(f"slug must be text without blanks around it, got {self.slug!r}")
 
     @property
     def name(self) -> str:
@@ -90,6 +100,8 @@ class ReferenceSet:
             raise ValueError("entries is empty: a reference set needs at least one model")
         if len(set(slugs)) < len(slugs):
             raise ValueError(f"entries: slugs must differ, got {slugs}")
+        if self.use is not None and len(set(self.use)) < len(self.use):
+            raise ValueError(f"use: each reference counts once, got {self.use}")
         if self.anchor is not None and self.anchor not in slugs:
             raise ValueError(f"anchor: no entry is called {self.anchor!r}; choose from {slugs}")
         if self.use is not None:
@@ -203,7 +215,8 @@ class ReferenceSet:
         precision = "float16" if reference.quantization == "int8" else reference.dtype
         findings = check_scoring(reference.slug, scorer, rows, vocabulary, precision)
         problems = [finding.problem for finding in findings]
-        write_whole(table.folder / "gate.json", json.dumps(problems).encode())
+        with cache.writing():
+            write_whole(table.folder / "gate.json", json.dumps(problems).encode())
         if self.gate == "stop":
             self._report(findings)  # before hours of scoring, not after them
         replies = sum(map(len, rows))

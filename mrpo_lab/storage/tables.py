@@ -94,7 +94,7 @@ class Table:
         """Add rows as one new shard. Rows that the table has already keep their numbers.
 
         Raises:
-            UserError: a number is not finite.
+            UserError: a number is not finite, or the cache cannot be written to.
         """
         for name in self.columns:
             if not np.isfinite(values[name]).all():
@@ -105,17 +105,19 @@ class Table:
         for name, dtype in self.columns.items():
             shard[name] = np.ascontiguousarray(values[name][there], dtype=dtype)
         name = f"{time.time_ns():020}-{uuid.uuid4().hex}.safetensors"  # file names sort by age
-        write_whole(self.folder / name, save(shard))
+        with cache.writing():
+            write_whole(self.folder / name, save(shard))
 
     @contextmanager
     def filling(self) -> Iterator[None]:
         """Let one process at a time compute missing rows; others wait here and then read them."""
         lock = FileLock(self.folder / ".lock")
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            logger.info("%s: another process is computing it, waiting", self.folder)
-            lock.acquire()
+        with cache.writing():
+            try:
+                lock.acquire(timeout=0)
+            except Timeout:
+                logger.info("%s: another process is computing it, waiting", self.folder)
+                lock.acquire()
         try:
             yield
         finally:
