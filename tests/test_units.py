@@ -1,6 +1,7 @@
 """Units of log-probabilities: the worked numbers, and what a run divides by."""
 
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -61,7 +62,8 @@ def test_weights_per_token_grow_with_bytes_per_token() -> None:
     sums = torch.tensor([[[-24.0, -48.0], [-24.0, -48.0]]]).double()
     counts = torch.tensor([[[60, 60], [50, 50]]])
     lengths = ReplyLengths(policy_tokens=counts[:, 0], bytes=torch.tensor([[240, 240]]))
-    for unit, expected in (("token", [0.454545, 0.545455]), ("byte", [0.5, 0.5])):
+    cases: list[tuple[Unit, list[float]]] = [("token", [0.454545, 0.545455]), ("byte", [0.5, 0.5])]
+    for unit, expected in cases:
         refs = in_unit(Scores(sums, counts), unit, lengths)
         found = ARWC(unit=unit).proportions(refs, chosen_first(1))[0]
         assert (found / found.sum()).tolist() == pytest.approx(expected, abs=1e-6)
@@ -70,8 +72,8 @@ def test_weights_per_token_grow_with_bytes_per_token() -> None:
 def test_missing_replies_stay_missing() -> None:
     scores = Scores(torch.tensor([[-1.0, -2.0, 0.0]]), torch.tensor([[1, 2, 0]]))
     lengths = ReplyLengths(torch.tensor([[3, 4, 5]]), torch.tensor([[6, 7, 8]]))
-    for unit in ("token", "policy_token", "byte", "reply"):
-        assert in_unit(scores, unit, lengths).present.tolist() == [[True, True, False]]  # type: ignore[arg-type]
+    for unit in get_args(Unit):
+        assert in_unit(scores, unit, lengths).present.tolist() == [[True, True, False]]
 
 
 def test_byte_lengths_are_of_the_text() -> None:
