@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from mrpo_lab.data.texts import Message
 from mrpo_lab.data.tokenization import Tokenization
-from mrpo_lab.errors import UserError, first_line
+from mrpo_lab.errors import UserError
+from mrpo_lab.models.adapters import lora_config, with_lora
 from mrpo_lab.models.weights import ModelSource
 from mrpo_lab.scoring.kernels import Kernels
 from mrpo_lab.scoring.scorer import ReplyScorer, evaluating
@@ -39,35 +40,42 @@ class PolicyConfig(ModelSource):
     def name(self) -> str:
         return "policy"
 
+    def check(self) -> None:
+        super().check()
+        self.check_trainable()
+
+    def check_trainable(self) -> None:
+        """Check that the settings fit the weights as they are stored.
+
+        Raises:
+            UserError: the weights are stored quantized and ``lora`` is null; or see
+                ``lora_config``.
+        """
+        if self.lora is not None:
+            lora_config(self.lora)
+        elif self.quantized:
+            raise UserError(
+                f"model: the weights of {self.path} are stored quantized and cannot be trained: "
+                "set model.lora, or use the full weights"
+            )
+
     def build(self, device: torch.device, seed: int) -> Policy:
         """Load the weights on ``device``; ``seed`` initializes LoRA.
 
         Raises:
             UserError: the weights cannot be loaded, or peft refuses ``lora``.
         """
+        self.check_trainable()
         model: Any = self.read(device)
         if self.lora is None:
             model.requires_grad_(True)
         else:
-            model = _with_lora(model.requires_grad_(False), self.lora, seed)
+            model = with_lora(model.requires_grad_(False), self.lora, seed)
         model = self.fused(model.eval())
         if self.gradient_checkpointing:
             base = model.get_base_model() if self.lora is not None else model
             base.activation_checkpointing_enable({"use_reentrant": False})
         return Policy(model, self.tokenization, self.kernels)
-
-
-def _with_lora(model: nn.Module, lora: dict[str, Any], seed: int) -> nn.Module:
-    import peft
-
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        try:
-            config = peft.LoraConfig(task_type="CAUSAL_LM", **lora)
-            adapted: nn.Module = peft.get_peft_model(model, config)
-        except (TypeError, ValueError) as error:
-            raise UserError(f"model.lora: {first_line(error)}") from error
-    return adapted
 
 
 class Policy:
