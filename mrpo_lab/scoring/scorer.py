@@ -280,9 +280,9 @@ class ReplyScorer:
                 body = self._causal.base_model(input_ids=self._probe_ids(), use_cache=False)
                 hidden = getattr(body, "last_hidden_state", None)
                 ours = None if hidden is None else head(hidden)
-            if ours is not None and ours.shape == own.shape:
-                if torch.allclose(ours, own, rtol=1e-2, atol=1e-2):
-                    return head
+            same = ours is not None and ours.shape == own.shape
+            if same and torch.allclose(ours, own, rtol=1e-2, atol=1e-2):
+                return head
         logger.warning(
             "%s computes its logits in a way of its own: whole logits are held in memory",
             type(self._causal).__name__,
@@ -317,9 +317,10 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def _alike(one: Tensor, other: Tensor, is_16_bit: bool) -> bool:
-    """Whether two ways to compute logits agree, up to rounding of the means."""
+    """Whether two ways to compute logits agree, up to rounding. Numbers that are not finite pass:
+    they are found where scores are."""
     near = 0.05 if is_16_bit else 0.01
-    return float((one - other).abs().mean()) <= near * float(one.abs().mean())
+    return not float((one - other).abs().mean()) > near * float(one.abs().mean())
 
 
 def difference(
