@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +16,6 @@ from mrpo_lab.data.tokenization import Tokenization
 from mrpo_lab.errors import UserError
 from mrpo_lab.models.adapters import lora_config, with_lora
 from mrpo_lab.models.weights import ModelSource
-from mrpo_lab.scoring.kernels import Kernels
 from mrpo_lab.scoring.scorer import ReplyScorer, evaluating
 
 
@@ -81,9 +82,7 @@ class PolicyConfig(ModelSource):
 class Policy:
     """A model to train, its tokenizer, and its scorer."""
 
-    def __init__(
-        self, model: nn.Module, tokenization: Tokenization, kernels: Kernels = "auto"
-    ) -> None:
+    def __init__(self, model: nn.Module, tokenization: Tokenization, kernels: str = "auto") -> None:
         self.model = model
         self.tokenization = tokenization
         self.scorer = ReplyScorer(model, kernels)
@@ -97,10 +96,15 @@ class Policy:
         """Write the adapter, or the full model, and the tokenizer, as peft and transformers do."""
         model: Any = self.model
         model.save_pretrained(folder, safe_serialization=True)
-        self.tokenization.format.tokenizer.save_pretrained(folder)
+        tokenizer = copy(self.tokenization.format.tokenizer)
+        if self.tokenization.template:  # what the policy was trained with, not the model's own
+            tokenizer.chat_template = self.tokenization.format.template
+        # Loading set it out of the way; see ``load_format``.
+        tokenizer.model_max_length = tokenizer.init_kwargs.get("model_max_length", int(1e30))
+        tokenizer.save_pretrained(folder)
 
     def generate(self, prompts: Sequence[Sequence[Message]], max_new_tokens: int) -> list[str]:
-        """Greedy replies, one prompt at a time."""
+        """Greedy replies, one prompt at a time, that end where the model's positions do."""
         tokenizer = self.tokenization.format.tokenizer
         model: Any = self.model
         replies = []
@@ -109,10 +113,14 @@ class Policy:
                 text = self.tokenization.format.prompt_text(prompt)
                 ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
                 ids = ids.to(self.scorer.device)
+                room = (self.scorer.positions or sys.maxsize) - ids.shape[1]
+                if room < 1:
+                    replies.append("")
+                    continue
                 output: Tensor = model.generate(
                     input_ids=ids,
                     attention_mask=torch.ones_like(ids),
-                    max_new_tokens=max_new_tokens,
+                    max_new_tokens=min(max_new_tokens, room),
                     do_sample=False,
                     pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id or 0,
                 )

@@ -7,6 +7,7 @@ import json
 import os
 import re
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,7 +19,7 @@ from torch import nn
 from transformers.utils.logging import disable_progress_bar
 
 from mrpo_lab import embedded
-from mrpo_lab.data.texts import Item
+from mrpo_lab.data.texts import Item, TokenRow
 from mrpo_lab.data.tokenization import Tokenization
 from mrpo_lab.errors import UserError
 from mrpo_lab.models.adapters import check_adapter, with_adapter
@@ -29,7 +30,7 @@ from mrpo_lab.models.loading import (
     load_model,
     stored_quantization,
 )
-from mrpo_lab.scoring.kernels import KERNELS, Kernels, fuse
+from mrpo_lab.scoring.kernels import KERNELS, fuse
 from mrpo_lab.scoring.limits import check_rows, max_positions
 from mrpo_lab.storage import cache, hub
 from mrpo_lab.storage.files import write_whole
@@ -44,6 +45,8 @@ DTYPES = {
     "float16": torch.float16,
 }
 QUANTIZATIONS = ("nf4", "int8")
+SMALL = 2**30
+"""Size of the weights in bytes below which the gate loads a model twice."""
 CONFIGURATIONS = (
     "config.json",
     "adapter_config.json",
@@ -70,7 +73,7 @@ class ModelSource(ABC):
     template: str | None = None
     """plain, chatml or a .jinja file in place of the tokenizer's own chat template."""
     trust_remote_code: bool = False
-    kernels: Kernels = "auto"
+    kernels: str = "auto"
     """``off`` computes with plain transformers and peft: slower, and the same within rounding."""
 
     def __post_init__(self) -> None:
@@ -192,11 +195,24 @@ class ModelSource(ABC):
         self.check_files()
         if not self.quantized:  # bitsandbytes must read numbers to know their shapes
             self._model(META)
-        config = load_config(self.folder, self.path, self.trust_remote_code)
         item = Item(({"role": "user", "content": "a"},), ("b",))
-        vocabulary = getattr(config, "vocab_size", None)
         for rows in self.tokenization.rows([item]):
-            check_rows(rows or (), f"{self.name}: {self.folder}", None, vocabulary)
+            self.check_rows(rows or ())
+
+    def check_rows(self, rows: Iterable[TokenRow]) -> None:
+        """Check that the model can be given ``rows``, by its configuration.
+
+        Raises:
+            UserError: see ``limits.check_rows``.
+        """
+        config = load_config(self.folder, self.path, self.trust_remote_code)
+        vocabulary = getattr(config, "vocab_size", None)
+        check_rows(rows, f"{self.name}: {self.folder}", self.positions, vocabulary)
+
+    @property
+    def is_small(self) -> bool:
+        """Whether loading the model costs next to nothing."""
+        return sum(f.stat().st_size for f in self.folder.glob("*.safetensors")) < SMALL
 
 
 def locate(path: str, revision: str | None = None) -> Path:

@@ -20,7 +20,6 @@ from mrpo_lab.errors import UserError, first_line
 from mrpo_lab.objective.scores import Scores, per_prompt
 from mrpo_lab.scoring import attention
 from mrpo_lab.scoring.head import Head, log_softmax_at, widened
-from mrpo_lab.scoring.kernels import Kernels
 from mrpo_lab.scoring.limits import check_rows, max_positions
 from mrpo_lab.scoring.packing import (
     NO_PADDING,
@@ -55,7 +54,7 @@ class ReplyScorer:
     list of names. On a GPU rows are always padded.
     """
 
-    def __init__(self, model: Any, kernels: Kernels = "auto") -> None:
+    def __init__(self, model: Any, kernels: str = "auto") -> None:
         """
         Args:
             model: a causal language model of transformers, or a peft model around one.
@@ -275,19 +274,23 @@ class ReplyScorer:
         """The model's output embedding, or None if the model does more to its logits than ``Head``
         can: then whole logits are taken from the model. ``own`` is what ``_probe`` found."""
         head = self._configured_head()
-        if head is not None:
-            with evaluating(self.model):
-                body = self._causal.base_model(input_ids=self._probe_ids(), use_cache=False)
-                hidden = getattr(body, "last_hidden_state", None)
-                ours = None if hidden is None else head(hidden)
-            same = ours is not None and ours.shape == own.shape
-            if same and torch.allclose(ours, own, rtol=1e-2, atol=1e-2):
-                return head
+        if head is not None and self._fits(head, own):
+            return head
         logger.warning(
             "%s computes its logits in a way of its own: whole logits are held in memory",
             type(self._causal).__name__,
         )
         return None
+
+    def _fits(self, head: Head, own: Float[Tensor, "1 T V"]) -> bool:
+        """Whether ``head`` computes the model's own logits from its body's hidden states."""
+        with evaluating(self.model):
+            body = self._causal.base_model(input_ids=self._probe_ids(), use_cache=False)
+            hidden = getattr(body, "last_hidden_state", None)
+            if hidden is None:
+                return False
+            ours = head(hidden)
+        return ours.shape == own.shape and torch.allclose(ours, own, rtol=1e-2, atol=1e-2)
 
     def _configured_head(self) -> Head | None:
         """The output embedding as the configuration describes it, or None where the model's body
