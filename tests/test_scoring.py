@@ -204,6 +204,7 @@ class TestMemory:
         weighted(scorer.padded_logps(rows)[0]).backward()
         # 10 + 2 + 11 positions, forward and again for the backward pass.
         assert sorted(shapes) == sorted([(5, VOCABULARY)] * 8 + [(3, VOCABULARY)] * 2)
+        scorer.costs([tuple(rows)])  # the first use compares packed with padded rows
         shapes.clear()
         scorer.score([tuple(rows)], token_budget=10**6)
         assert sorted(shapes) == sorted([(5, VOCABULARY)] * 4 + [(3, VOCABULARY)])

@@ -164,7 +164,7 @@ def check_files(folder: Path, path: str) -> None:
     read_config(folder, path)
     files = sorted(folder.glob("*.safetensors"))
     if not files:
-        raise UserError(f"{path}: no .safetensors weights in {folder}")
+        raise UserError(f"{path}: cannot be loaded: no .safetensors weights in {folder}")
     integers_are_quantized = stored_quantization(folder) is not None
     for file in files:
         for name, dtype in tensor_types(file, path).items():

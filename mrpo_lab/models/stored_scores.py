@@ -15,6 +15,9 @@ from mrpo_lab.models.gate import COLUMNS, REPLIES, SAMPLE, Measured
 from mrpo_lab.storage import cache
 from mrpo_lab.storage.tables import NONE, Table
 
+ENOUGH = SAMPLE // 2
+"""Number of measured items by which data can be judged without loading the model again."""
+
 logger = logging.getLogger(__name__)
 
 FORMAT = 2
@@ -48,20 +51,26 @@ class StoredScores:
         return [int(i) for i in np.flatnonzero(~found.all(-1))]
 
     def unmeasured(self, ids: np.ndarray) -> list[int]:
-        """Indices of those of the first ``SAMPLE`` items that the gate has not measured."""
-        found = self.gate.read(ids[:SAMPLE, :REPLIES])[1]
-        return [int(i) for i in np.flatnonzero(~found.all(-1))]
+        """Indices of items that the gate has to measure, so that these data are judged by enough
+        rows of their own; empty if enough of them were measured before."""
+        known = self._is_measured(ids)
+        if known.sum() >= min(ENOUGH, len(known)):
+            return []
+        return [int(i) for i in np.flatnonzero(~known)[: SAMPLE - known.sum()]]
+
+    def _is_measured(self, ids: np.ndarray) -> np.ndarray:
+        is_measured: np.ndarray = self.gate.read(ids[:, :REPLIES])[1].all(-1)
+        return is_measured
 
     def complete(self, ids: np.ndarray) -> bool:
         """Whether no model has to be loaded for these items."""
         return not self.missing(ids) and not self.unmeasured(ids)
 
     def measured(self, ids: np.ndarray) -> Measured:
-        """What the gate measured of the first ``SAMPLE`` items, as far as it has."""
-        sample = ids[:SAMPLE, :REPLIES]
-        values, found = self.gate.read(sample)
-        there = found & (sample != NONE)
-        return Measured(**{name: column[there] for name, column in values.items()})
+        """What the gate measured of the first ``SAMPLE`` items that it was given among these."""
+        sample = ids[self._is_measured(ids), :REPLIES][:SAMPLE]
+        values, _ = self.gate.read(sample)
+        return Measured(**{name: column[sample != NONE] for name, column in values.items()})
 
     def add_measured(self, ids: np.ndarray, items: Sequence[int], measured: Measured) -> None:
         """Store what was ``measured`` of some items."""
