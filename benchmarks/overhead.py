@@ -237,8 +237,9 @@ def fill(references: ReferenceSet, items: Sequence[Item], ids: np.ndarray) -> No
         sample = range(SAMPLE)
         alone, tokens = scores.sums[:SAMPLE, k].flatten(), scores.counts[:SAMPLE, k].flatten()
         vocabulary = np.full(len(alone), 10**6)  # a guess over that many is worse than any score
-        same = [alone.numpy()] * 4
-        stored.add_measured(ids, sample, Measured(*same, tokens.numpy(), vocabulary))
+        made = alone.numpy()
+        measured = Measured(made, made, made, made, tokens.numpy(), vocabulary)
+        stored.add_measured(ids, sample, measured)
 
 
 def child(arguments: Sequence[str], **environment: str) -> str:

@@ -14,6 +14,8 @@ from mrpo_lab.models.loading import tensor_types
 WEIGHTS = "adapter_model.safetensors"
 NEED_DATA = ("eva", "lora_ga", "corda")
 """Values of ``init_lora_weights`` for which peft must be given examples first."""
+CHANGE_BASE = ("pissa", "olora", "loftq")
+"""Beginnings of the values that change the base weights, which is also found by their numbers."""
 SAMPLED = 4096
 """Number of entries of each base weight by which a change of it is found."""
 
@@ -96,12 +98,22 @@ def lora_config(lora: dict[str, Any]) -> Any:
         raise UserError(f"model.lora: {first_line(error)}") from error
     if kind := acts_outside_layers(config):
         raise UserError(f"model.lora: {kind} is not supported: it would not be trained")
-    if str(config.init_lora_weights).lower() in NEED_DATA:
+    init = str(config.init_lora_weights).lower()
+    if init.startswith(NEED_DATA):
         raise UserError(
-            f"model.lora: init_lora_weights={config.init_lora_weights} needs examples, which peft "
-            "is not given here: use true, gaussian or orthogonal"
+            f"model.lora: init_lora_weights={init} needs examples, which peft is not given here: "
+            "use true, gaussian or orthogonal"
         )
+    if init.startswith(CHANGE_BASE):
+        raise _changes_base(init)
     return config
+
+
+def _changes_base(init: str) -> UserError:
+    return UserError(
+        f"model.lora: init_lora_weights={init} changes the base weights, without which the saved "
+        "adapter gives other numbers: use true, gaussian or orthogonal"
+    )
 
 
 def with_lora(model: nn.Module, lora: dict[str, Any], seed: int) -> nn.Module:
@@ -115,21 +127,17 @@ def with_lora(model: nn.Module, lora: dict[str, Any], seed: int) -> nn.Module:
 
     config = lora_config(lora)
     # By layer: peft keeps the layers, and changes their weights in place or replaces them.
-    layers = [(name, layer) for name, layer in model.named_modules() if layer._parameters]
-    before = [_sampled(layer) for _, layer in layers]
+    layers = [layer for layer in model.modules() if layer._parameters]
+    before = [_sampled(layer) for layer in layers]
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         try:
             adapted: nn.Module = peft.get_peft_model(model, config)
         except Exception as error:  # of any class, by the value
             raise UserError(f"model.lora: {first_line(error)}") from error
-    for (name, layer), samples in zip(layers, before, strict=True):
+    for layer, samples in zip(layers, before, strict=True):
         if not all(map(torch.equal, _sampled(layer), samples)):
-            raise UserError(
-                f"model.lora: init_lora_weights={config.init_lora_weights} changes the base "
-                f"weights ({name}), without which the saved adapter gives other numbers: use "
-                "true, gaussian or orthogonal"
-            )
+            raise _changes_base(str(config.init_lora_weights))
     return adapted
 
 

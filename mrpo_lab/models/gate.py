@@ -101,8 +101,11 @@ def measure(
             other = reload()
             first = [other.padded_logps([row])[0][0] for row in rows[0]]
             again = torch.cat([torch.stack(first), alone[len(first) :]])
-    sums = [tensor.double().cpu().numpy() for tensor in (alone, together, left, again)]
-    return Measured(*sums, counts=counts.cpu().numpy(), vocabulary=np.full(len(flat), vocabulary))
+    alone_, together_, left_, again_ = (
+        sums.double().cpu().numpy() for sums in (alone, together, left, again)
+    )
+    tokens = counts.cpu().numpy()
+    return Measured(alone_, together_, left_, again_, tokens, np.full_like(tokens, vocabulary))
 
 
 def judge(slug: str, measured: Measured, dtype: str) -> list[Finding]:

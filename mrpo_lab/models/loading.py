@@ -173,6 +173,7 @@ def check_files(folder: Path, path: str) -> None:
                     f"{path}: {name} in {file} is stored as {dtype}, and config.json names no "
                     "quantization_config that says what it stands for"
                 )
+    _check_tokenizer(folder / "tokenizer.json", path)
     index = folder / "model.safetensors.index.json"
     if index.is_file() and not (folder / "model.safetensors").is_file():
         try:
@@ -181,6 +182,20 @@ def check_files(folder: Path, path: str) -> None:
             raise UserError(f"{path}: {index} is damaged: {first_line(error)}") from error
         if absent := sorted(shards - {file.name for file in files}):
             raise UserError(f"{path}: {folder} lacks {_some(absent)}: download it again")
+
+
+def _check_tokenizer(file: Path, path: str) -> None:
+    if not file.is_file():
+        return  # the tokenizer has files of another kind
+    try:
+        content = json.loads(file.read_bytes())
+    except (OSError, ValueError) as error:
+        problem: str | None = first_line(error)
+    else:
+        whole = isinstance(content, dict) and {"model", "added_tokens"} <= content.keys()
+        problem = None if whole else "it holds no tokenizer"
+    if problem:
+        raise UserError(f"{path}: {file} is damaged ({problem}): download it again")
 
 
 def tensor_types(file: Path, path: str) -> dict[str, str]:

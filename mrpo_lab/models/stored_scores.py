@@ -59,8 +59,8 @@ class StoredScores:
         return [int(i) for i in np.flatnonzero(~known)[: SAMPLE - known.sum()]]
 
     def _is_measured(self, ids: np.ndarray) -> np.ndarray:
-        is_measured: np.ndarray = self.gate.read(ids[:, :REPLIES])[1].all(-1)
-        return is_measured
+        found = self.gate.read(ids[:, :REPLIES])[1]
+        return np.asarray(found.all(-1))
 
     def complete(self, ids: np.ndarray) -> bool:
         """Whether no model has to be loaded for these items."""
