@@ -208,9 +208,15 @@ class Experiment:
                 model.fetch()
         if absent:
             raise UserError(missing(absent))
+        for model in models:
+            model.check_files()
+        self.workers.main_first(self.model.check)
         distinct = {m.tokenization.fingerprint: m.tokenization for m in models}
+        positions = min((m.positions for m in models if m.positions), default=None)
         prepared = self.workers.main_first(
-            lambda: self.dataset.prepare(items, list(distinct.values()), self.seeds.rng("split"))
+            lambda: self.dataset.prepare(
+                items, list(distinct.values()), self.seeds.rng("split"), positions
+            )
         )
         if self.workers.is_main:
             logger.info("data: %s", describe(prepared.counts))

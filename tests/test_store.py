@@ -26,7 +26,7 @@ from mrpo_lab.data.rows import Row
 from mrpo_lab.data.texts import Item
 from mrpo_lab.embedded.synthetic import synthetic_rows
 from mrpo_lab.errors import UserError
-from mrpo_lab.models import references
+from mrpo_lab.models import references, stored_scores
 from mrpo_lab.models.policy import PolicyConfig
 from mrpo_lab.models.references import Reference, ReferenceSet
 from mrpo_lab.objective.scores import Scores
@@ -367,7 +367,7 @@ class TestKey:
             content[-1] ^= 1
             (folder / name).write_bytes(content)
             keys.append(self.key(folder))
-        monkeypatch.setattr(references, "FORMAT", references.FORMAT + 1)
+        monkeypatch.setattr(stored_scores, "FORMAT", stored_scores.FORMAT + 1)
         keys.append(self.key(folder))
         assert len(set(keys)) == len(keys) == 13
 

@@ -111,13 +111,18 @@ class Dataset(ABC):
         return Labels.of_pairs(len(items))
 
     def prepare(
-        self, items: Sequence[Item], tokenizers: Sequence[Tokenization], rng: np.random.Generator
+        self,
+        items: Sequence[Item],
+        tokenizers: Sequence[Tokenization],
+        rng: np.random.Generator,
+        positions: int | None = None,
     ) -> Prepared:
         """Filter the items, draw the pool, and split the pool with ``rng``.
 
         Args:
             items: what ``read`` returned.
             tokenizers: those of the policy and of all references; a pair must fit every one.
+            positions: smallest number of positions of these models; longer pairs are dropped.
 
         Raises:
             UserError: no pair is left, or too few for the pool or the splits.
@@ -125,7 +130,7 @@ class Dataset(ABC):
         counts: Counter[str] = Counter(rows=len(items))
         preprocessed = Items.from_iterable(self.preprocess(items, counts))
         distinct = self._distinct(preprocessed, counts)
-        keep = self._eligible(distinct, tokenizers, counts)
+        keep = self._eligible(distinct, tokenizers, counts, positions)
         counts["eligible"] = len(keep)
         if not len(keep):
             raise UserError(f"dataset: no pairs left after filtering: {describe(counts)}")
@@ -161,7 +166,11 @@ class Dataset(ABC):
         return items[~dropped]
 
     def _eligible(
-        self, items: Items, tokenizers: Sequence[Tokenization], counts: Counter[str]
+        self,
+        items: Items,
+        tokenizers: Sequence[Tokenization],
+        counts: Counter[str],
+        positions: int | None = None,
     ) -> np.ndarray:
         """Indices of the items that pass the filters of 2512.10040 (appendix), in its order."""
         measured = [tokenizer.lengths(items, items.ids) for tokenizer in tokenizers]
@@ -193,6 +202,8 @@ class Dataset(ABC):
             self.max_tokens,
         )
         drop("too_long", (totals[keep] <= self.max_tokens).all(-1))
+        if positions is not None and positions < self.max_tokens:
+            drop("longer_than_a_model", (totals[keep] <= positions).all(-1))
         return keep
 
     def reply_length_bound(self, lengths: np.ndarray, present: np.ndarray) -> np.ndarray:
