@@ -228,9 +228,10 @@ class TestTemplates:
         chat = with_template(tiny7_dir / "tiny-neox", template, tmp_path)
         (row,) = one(chat, Item((user("a"),), ("b",)))
         assert chat.tokenizer.decode(row.ids) == " 26 Jul 2024|26 Jul 2024|ab"
-        undated = with_template(tiny7_dir / "tiny-neox", "\n\n{{ messages[-1].content }}", tmp_path)
+        contents = "\n\n{% for m in messages %}{{ m.content }}{% endfor %}"
+        undated = with_template(tiny7_dir / "tiny-neox", contents, tmp_path)
         (row,) = one(undated, Item((user("a"),), ("b",)))
-        assert undated.tokenizer.decode(row.ids) == "\n\nb"
+        assert undated.tokenizer.decode(row.ids) == "\n\nab"
 
     def test_the_default_of_several_templates(self, tiny7_dir: Path, tmp_path: Path) -> None:
         folder = shutil.copytree(tiny7_dir / "tiny-neox", tmp_path / "several")
@@ -370,9 +371,10 @@ def test_a_reply_that_nothing_precedes_is_not_scorable(
     tiny7_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MRPO_LAB_CACHE", str(tmp_path))
-    file = tmp_path / "reply_only.jinja"
-    file.write_text("{{ messages[-1]['content'] if messages[-1]['role'] == 'assistant' }}")
+    file = tmp_path / "contents_only.jinja"
+    file.write_text("{% for m in messages %}{{ m['content'] }}{% endfor %}")
     tokenizer = Tokenization("x", tiny7_dir / "tiny-neox", str(file))
-    lengths = tokenizer.lengths([BREAD], reply_ids([BREAD]))
-    assert [row.reply_tokens > 0 for row in one(tokenizer.format, BREAD)] == [True, True]
+    empty = Item((user(""),), BREAD.replies)
+    lengths = tokenizer.lengths([empty], reply_ids([empty]))
+    assert [row.reply_tokens > 0 for row in one(tokenizer.format, empty)] == [True, True]
     assert lengths.reply.tolist() == [[0, 0]]

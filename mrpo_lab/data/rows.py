@@ -153,19 +153,11 @@ def parse_item(row: Row, where: str) -> Item:
             f"{where}: no {' and no '.join(missing)}; columns are {', '.join(map(str, row))}; "
             "expected prompt, chosen, rejected or response_0, response_1, better_response_id"
         )
-    chosen, rejected = (_conversation(row[key], key, where) for key in ("chosen", "rejected"))
-    given = row.get("prompt")
-    if given is None or not (isinstance(row["chosen"], str) and isinstance(row["rejected"], str)):
-        prompt = _shared_start(chosen, rejected)
-        chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
-        if isinstance(given, list):
-            start = _messages(given, "prompt", where)
-            prompt = prompt if prompt[: len(start)] == start else start + prompt
-        elif isinstance(given, str) and not prompt:
-            prompt = _transcript(given)
-    else:
-        prompt = list(as_prompt(given, where))
-        chosen, rejected = (_reply(row[key]) for key in ("chosen", "rejected"))
+    given = None if row.get("prompt") is None else list(as_prompt(row["prompt"], where))
+    chosen, rejected = (_conversation(row[key], key, where, given) for key in ("chosen", "rejected"))
+    shared = _shared_start(chosen, rejected)
+    prompt = joined(given or [], shared, where)
+    chosen, rejected = chosen[len(shared) :], rejected[len(shared) :]
     for key, reply in (("chosen", chosen), ("rejected", rejected)):
         if len(reply) != 1 or reply[0]["role"] != "assistant":
             roles = [message["role"] for message in reply]
@@ -226,12 +218,18 @@ def _reply(text: str) -> list[Message]:
     return [{"role": "assistant", "content": text}]
 
 
-def _conversation(value: Any, key: str, where: str) -> list[Message]:
-    """Parse a reply, or a conversation that ends in one, to messages."""
+def _conversation(
+    value: Any, key: str, where: str, given: list[Message] | None
+) -> list[Message]:
+    """Parse a reply, or a conversation that ends in one, to messages.
+
+    Beside a prompt a text is a reply, unless it is a transcript that repeats the prompt.
+    """
     if not isinstance(value, str):
         return _messages(value, key, where)
     turns = _transcript(value)
-    return turns if len(turns) > 1 else _reply(value)
+    conversation = len(turns) > 1 and (given is None or _overlap(given, turns[:-1]) is not None)
+    return turns if conversation else _reply(value)
 
 
 def _messages(value: Any, key: str, where: str) -> list[Message]:
@@ -257,11 +255,47 @@ def _shared_start(left: list[Message], right: list[Message]) -> list[Message]:
     return shared
 
 
+def joined(given: list[Message], shared: list[Message], where: str) -> list[Message]:
+    """The prompt, of which a row has one part as its prompt and one in its conversations.
+
+    Messages that stand in both, white space aside, are taken once.
+
+    Raises:
+        UserError: the two parts contradict each other, so that a turn would stand there twice.
+    """
+    if not given or not shared:
+        return given or shared
+    overlap = _overlap(given, shared)
+    if overlap is not None:
+        return [*given[: len(given) - overlap], *shared] if overlap < 0 else given + shared[overlap:]
+    repeated = [m for m in _normal(given) if m in _normal(shared) and m[0] != "assistant"]
+    if repeated or given[-1]["role"] == shared[0]["role"] or shared[0]["role"] == "system":
+        raise UserError(
+            f"{where}: prompt and the start of chosen and rejected are different conversations, "
+            f"the one with {given[-1]['content'][:40]!r}, the other with "
+            f"{shared[-1]['content'][:40]!r}: leave one of them out"
+        )
+    return given + shared
+
+
+def _overlap(given: list[Message], shared: list[Message]) -> int | None:
+    ...
+
+
+def _normal(messages: list[Message]) -> list[tuple[str, str]]:
+    """Messages as (role, text), each run of white space as one space."""
+    return [(message["role"], " ".join(message["content"].split())) for message in messages]
+
+
+_TURN = re.compile(r"(?:^|(?:\r\n|\r(?!\n)|(?<!\r)\n){2})\s*(Human|Assistant):")
+"""The beginning of a transcript's turn: at the start, or after an empty line of any system."""
+
+
 def _transcript(text: str) -> list[Message]:
     """Parse ``Human: ... Assistant: ...`` to messages; any other text is one user message."""
     if not re.match(r"\s*Human:", text):
         return [{"role": "user", "content": text}]
-    turns = re.split(r"(?:^|\n\n)\s*(Human|Assistant):", text.strip())
+    turns = _TURN.split(text.strip())
     roles = {"Human": "user", "Assistant": "assistant"}
     return [
         {"role": roles[role], "content": content.strip()}
