@@ -6,7 +6,7 @@ import io
 import json
 import re
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,16 @@ ROLES = ("system", "user", "assistant")
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 
 
-def read_rows(path: str, split: str = "train") -> Iterator[tuple[str, Row]]:
+def read_rows(
+    path: str, split: str = "train", config: str | None = None
+) -> Iterator[tuple[str, Row]]:
     """Yield (where, row) from a local file, a local copy of a hub data set, or the hub.
 
     Args:
         path: a .jsonl, .json, .csv (each also .gz) or .parquet file, a folder in the hub's layout,
             or the name of a hub data set.
         split: the split of a hub data set; files have none.
+        config: the configuration of a hub data set that has several.
 
     Raises:
         UserError: ``path`` does not exist or cannot be read, or the hub cannot be reached.
@@ -34,7 +37,7 @@ def read_rows(path: str, split: str = "train") -> Iterator[tuple[str, Row]]:
     if local.is_file():
         yield from _file_rows(local)
     elif local.is_dir() or not _looks_local(path):
-        for index, row in enumerate(_hub_rows(path, split)):
+        for index, row in enumerate(_hub_rows(path, split, config)):
             yield f"{path}[{split}] row {index}", row
     else:
         raise UserError(f"dataset.path: there is no file or folder {path}")
@@ -48,7 +51,7 @@ def _looks_local(path: str) -> bool:
     )
 
 
-def _hub_rows(path: str, split: str) -> Iterator[Row]:
+def _hub_rows(path: str, split: str, config: str | None) -> Iterator[Row]:
     import datasets
     from datasets.exceptions import DatasetNotFoundError, DatasetsError
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
@@ -64,13 +67,51 @@ def _hub_rows(path: str, split: str) -> Iterator[Row]:
                 raise ValueError(f"there is none, choose from {', '.join(saved)}")
             rows = saved[split] if isinstance(saved, datasets.DatasetDict) else saved
         else:
-            rows = datasets.load_dataset(str(folder), split=split)
+            rows = datasets.load_dataset(str(folder), config, split=split)
     except (ConnectionError, OfflineModeIsEnabled, HfHubHTTPError, DatasetNotFoundError) as error:
         refusal = reason or f"the hub refused it ({first_line(error)})"
         raise hub.NotAtHandError(path, refusal) from error
     except (OSError, KeyError, ValueError, DatasetsError) as error:
-        raise UserError(f"dataset.path: {path}, split {split}: {first_line(error)}") from error
+        if isinstance(error, DatasetsError) and folder.is_dir():
+            _find_damage(folder)
+        raise UserError(f"dataset.path: {path}, split {split}: {_explained(error)}") from error
     yield from rows
+
+
+def _explained(error: BaseException) -> str:
+    """An error of ``datasets`` in one line, with the cause that its message leaves out."""
+    text = str(error)
+    if "Config name is missing" in text or "BuilderConfig" in text:
+        choices = re.search(r"\[.*?\]", text, re.DOTALL)
+        return f"choose its configuration, dataset.config, from {choices[0] if choices else text}"
+    root = error
+    while root.__cause__ is not None and not isinstance(root, (ConnectionError, KeyError)):
+        root = root.__cause__
+    lines = dict.fromkeys([first_line(error), first_line(root)])
+    return ": ".join(lines)
+
+
+def _find_damage(folder: Path) -> None:
+    """Find out why ``datasets`` cannot read a folder's files as one table.
+
+    Raises:
+        UserError: a file is damaged, or two files differ in their columns; names them.
+    """
+    columns: dict[Path, list[str]] = {}
+    for file in sorted(folder.rglob("*")):
+        if file.name.removesuffix(".gz").endswith((".jsonl", ".csv", ".parquet")):
+            for where, row in _file_rows(file):
+                if not isinstance(row, Mapping):
+                    raise UserError(f"{where}: expected an object, got {type(row).__name__}")
+                columns.setdefault(file, list(row))
+    for file, names in columns.items():
+        first, expected = next(iter(columns.items()))
+        odd = sorted({*names} ^ {*expected})
+        if odd:
+            raise UserError(
+                f"dataset.path: {first} and {file} differ in their columns ({', '.join(odd)}): "
+                "give one of the files as dataset.path, or each its own configuration"
+            )
 
 
 def _file_rows(path: Path) -> Iterator[tuple[str, Row]]:
@@ -104,7 +145,15 @@ def _jsonl(path: Path, text: io.TextIOWrapper) -> Iterator[tuple[str, Row]]:
 
 
 def _json(path: Path, text: io.TextIOWrapper) -> Iterator[tuple[str, Row]]:
-    rows = _loads(text.read(), str(path))
+    content = text.read()
+    try:
+        rows = _loads(content, str(path))
+    except UserError:
+        first = content.lstrip().partition("\n")[0]
+        if first.startswith("{") and first.rstrip().endswith("}"):  # one object a line
+            rows = None
+        else:
+            raise
     if not isinstance(rows, list):
         raise UserError(
             f"{path}: expected a list of objects, one a pair; for one a line use .jsonl"
@@ -128,6 +177,8 @@ def _loads(text: str, where: str) -> Any:
         raise UserError(
             f"{where}: not valid JSON: {error.msg} at line {error.lineno} column {error.colno}"
         ) from error
+    except (ValueError, RecursionError) as error:  # numbers of too many digits, too deep a nesting
+        raise UserError(f"{where}: JSON that cannot be read: {first_line(error)}") from error
 
 
 def parse_item(row: Row, where: str) -> Item:
@@ -153,20 +204,52 @@ def parse_item(row: Row, where: str) -> Item:
             f"{where}: no {' and no '.join(missing)}; columns are {', '.join(map(str, row))}; "
             "expected prompt, chosen, rejected or response_0, response_1, better_response_id"
         )
-    given = None if row.get("prompt") is None else list(as_prompt(row["prompt"], where))
-    chosen, rejected = (_conversation(row[key], key, where, given) for key in ("chosen", "rejected"))
-    shared = _shared_start(chosen, rejected)
-    prompt = joined(given or [], shared, where)
-    chosen, rejected = chosen[len(shared) :], rejected[len(shared) :]
-    for key, reply in (("chosen", chosen), ("rejected", rejected)):
+    given = row.get("prompt")
+    replies = {"chosen": row["chosen"], "rejected": row["rejected"]}
+    prompt, texts = separate(None if given is None else as_turns(given, where), replies, where)
+    return checked(Item(as_prompt(prompt, where), tuple(texts)), where)
+
+
+def separate(
+    given: list[Message] | None, replies: Mapping[str, Any], where: str
+) -> tuple[list[Message], list[str]]:
+    """The prompt, and each reply without it.
+
+    Args:
+        given: the prompt as the row has it, if it has one.
+        replies: name to a reply, or to a conversation that begins with the prompt and ends in the
+            reply; as texts, transcripts or messages.
+
+    Raises:
+        UserError: a reply is of another form, or the conversations contradict the prompt.
+    """
+    parsed = [
+        _transcript(value) if isinstance(value, str) else _messages(value, key, where)
+        for key, value in replies.items()
+    ]
+    shared = _shared_start(parsed)
+    if given is not None and not shared:  # beside a prompt, such a text is a reply as it stands
+        parsed = [
+            turns
+            if not isinstance(value, str) or (turns[1:] and _merged(given, turns[:-1]))
+            else _reply(value)
+            for value, turns in zip(replies.values(), parsed, strict=True)
+        ]
+    parsed = [
+        _reply(value) if isinstance(value, str) and len(turns) == 1 else turns
+        for value, turns in zip(replies.values(), parsed, strict=True)
+    ]
+    texts = []
+    for key, turns in zip(replies, parsed, strict=True):
+        reply = turns[len(shared) :]
         if len(reply) != 1 or reply[0]["role"] != "assistant":
             roles = [message["role"] for message in reply]
             raise UserError(
                 f"{where}: {key} must end in one assistant reply after the prompt that both share, "
                 f"got {roles or 'nothing'}"
             )
-    asked = as_prompt(prompt, where)
-    return checked(Item(asked, (chosen[0]["content"], rejected[0]["content"])), where)
+        texts.append(reply[0]["content"])
+    return _joined(given or [], shared, where), texts
 
 
 def as_prompt(given: Any, where: str) -> tuple[Message, ...]:
@@ -177,11 +260,16 @@ def as_prompt(given: Any, where: str) -> tuple[Message, ...]:
     Raises:
         UserError: it is empty or of another form.
     """
-    prompt = _transcript(given) if isinstance(given, str) else _messages(given, "prompt", where)
-    prompt = prompt[:-1] if prompt[-1:] == _reply("") else prompt
+    prompt = as_turns(given, where)
     if not prompt:
         raise UserError(f"{where}: no prompt")
     return tuple(prompt)
+
+
+def as_turns(given: Any, where: str) -> list[Message]:
+    """Parse a prompt as ``as_prompt`` does; it may be empty."""
+    turns = _transcript(given) if isinstance(given, str) else _messages(given, "prompt", where)
+    return turns[:-1] if turns[-1:] == _reply("") else turns
 
 
 def checked(item: Item, where: str) -> Item:
@@ -218,20 +306,6 @@ def _reply(text: str) -> list[Message]:
     return [{"role": "assistant", "content": text}]
 
 
-def _conversation(
-    value: Any, key: str, where: str, given: list[Message] | None
-) -> list[Message]:
-    """Parse a reply, or a conversation that ends in one, to messages.
-
-    Beside a prompt a text is a reply, unless it is a transcript that repeats the prompt.
-    """
-    if not isinstance(value, str):
-        return _messages(value, key, where)
-    turns = _transcript(value)
-    conversation = len(turns) > 1 and (given is None or _overlap(given, turns[:-1]) is not None)
-    return turns if conversation else _reply(value)
-
-
 def _messages(value: Any, key: str, where: str) -> list[Message]:
     well_formed = isinstance(value, list) and all(
         isinstance(m, Mapping) and m.get("role") in ROLES and isinstance(m.get("content"), str)
@@ -245,41 +319,45 @@ def _messages(value: Any, key: str, where: str) -> list[Message]:
     return [{"role": m["role"], "content": m["content"]} for m in value]
 
 
-def _shared_start(left: list[Message], right: list[Message]) -> list[Message]:
-    """The messages that two conversations have in common at the start, their last ones excluded."""
+def _shared_start(conversations: Sequence[list[Message]]) -> list[Message]:
+    """The messages with which all conversations begin, their last ones excluded."""
     shared = []
-    for a, b in zip(left[:-1], right[:-1], strict=False):
-        if a != b:
+    for messages in zip(*(turns[:-1] for turns in conversations), strict=False):
+        if any(message != messages[0] for message in messages):
             break
-        shared.append(a)
+        shared.append(messages[0])
     return shared
 
 
-def joined(given: list[Message], shared: list[Message], where: str) -> list[Message]:
-    """The prompt, of which a row has one part as its prompt and one in its conversations.
-
-    Messages that stand in both, white space aside, are taken once.
+def _joined(given: list[Message], shared: list[Message], where: str) -> list[Message]:
+    """The whole prompt, from a row's prompt and from the start that its conversations share.
 
     Raises:
-        UserError: the two parts contradict each other, so that a turn would stand there twice.
+        UserError: they contradict each other, so that a turn would be in the prompt twice.
     """
-    if not given or not shared:
-        return given or shared
-    overlap = _overlap(given, shared)
-    if overlap is not None:
-        return [*given[: len(given) - overlap], *shared] if overlap < 0 else given + shared[overlap:]
-    repeated = [m for m in _normal(given) if m in _normal(shared) and m[0] != "assistant"]
+    if not shared or not any(message["content"].strip() for message in given):
+        return shared or given
+    merged = _merged(given, shared)
+    if merged is not None:
+        return merged
+    repeated = any(m in _normal(shared) for m in _normal(given) if m[0] != "assistant")
     if repeated or given[-1]["role"] == shared[0]["role"] or shared[0]["role"] == "system":
         raise UserError(
-            f"{where}: prompt and the start of chosen and rejected are different conversations, "
-            f"the one with {given[-1]['content'][:40]!r}, the other with "
-            f"{shared[-1]['content'][:40]!r}: leave one of them out"
+            f"{where}: the prompt, {given[-1]['content'][:40]!r}, is not how the conversations "
+            f"begin, {shared[-1]['content'][:40]!r}: leave one of the two out of the row"
         )
     return given + shared
 
 
-def _overlap(given: list[Message], shared: list[Message]) -> int | None:
-    ...
+def _merged(given: list[Message], shared: list[Message]) -> list[Message] | None:
+    """The two as one, if one contains or continues the other, white space aside; else None."""
+    left, right = _normal(given), _normal(shared)
+    if any(right[i : i + len(left)] == left for i in range(len(right))):
+        return shared
+    for length in range(min(len(left), len(right)), 0, -1):
+        if left[-length:] == right[:length]:
+            return given + shared[length:]
+    return None
 
 
 def _normal(messages: list[Message]) -> list[tuple[str, str]]:
