@@ -145,7 +145,7 @@ class Dataset(ABC):
             splits = self._split(len(pool), rng)
         else:
             splits = self._split_prompts(pool.prompts, rng)
-        counts |= count_leaks(pool, splits)
+        counts.update(count_leaks(pool, splits))
         return Prepared(pool, self.labels(pool), splits, dict(counts))
 
     def preprocess(self, items: Sequence[Item], counts: Counter[str]) -> Iterable[Item]:
@@ -191,7 +191,7 @@ class Dataset(ABC):
         Args:
             which: (N, R) the replies to leave out.
         """
-        dropped = which.any(-1)
+        dropped = np.asarray(which.any(-1))
         counts["dropped_identical_after_template"] = int(dropped.sum())
         return items[~dropped]
 
@@ -243,7 +243,7 @@ class Dataset(ABC):
 
     def _split(self, size: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
         """Split the indices 0 to ``size`` - 1 at random."""
-        train, val, test, rest = self._sizes(size)
+        train, val, _, rest = self._sizes(size)
         # Train from the front, test from the back: a smaller train leaves val and test unchanged.
         order = rng.permutation(size)
         return {
@@ -352,7 +352,7 @@ def nearest_sum(sizes: Sequence[int], wanted: int) -> list[int]:
 
 
 def count_leaks(items: Items, splits: Mapping[str, np.ndarray]) -> dict[str, int]:
-    """How many test pairs have a prompt that is also in the train split, and are in it themselves."""
+    """How many test pairs have a prompt that is also in the train split, and how many are in it."""
     trained, tested = splits["train"], splits["test"]
     rows = _as_scalars(items.ids)
     return {

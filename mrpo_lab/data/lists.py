@@ -180,10 +180,10 @@ class ListDataset(FileDataset):
                 for better, worse in found:
                     yield Item(item.prompt, (item.replies[better], item.replies[worse]))
 
-        found = Items.from_iterable(items())
+        converted = Items.from_iterable(items())
         counts = {**lists.counts, "lists_all_tied": tied, "pairs": pairs}
-        counts |= count_leaks(found, splits)
-        return Prepared(found, Labels.of_pairs(pairs), splits, counts)
+        counts |= count_leaks(converted, splits)
+        return Prepared(converted, Labels.of_pairs(pairs), splits, counts)
 
     def _pairs(self, scores: Sequence[float]) -> Iterator[tuple[int, int]]:
         """Yield (better, worse) indices of one list's replies, given how far each is preferred."""

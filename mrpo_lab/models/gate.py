@@ -15,7 +15,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from mrpo_lab.data.texts import TokenRow
+from mrpo_lab.data.chat import ChatFormat
+from mrpo_lab.data.conformance import check_rows
+from mrpo_lab.data.texts import Item, TokenRow
 from mrpo_lab.objective.scores import Scores, chosen_first
 from mrpo_lab.scoring.scorer import ReplyScorer, difference
 
@@ -120,3 +122,11 @@ def check_outliers(scores: Mapping[str, Scores], characters: int) -> list[Findin
                     )
                 )
     return findings
+
+
+def check_tokens(
+    slug: str, chat: ChatFormat, items: Sequence[Item], rows: Sequence[tuple[TokenRow, ...]]
+) -> list[Finding]:
+    """Check the token rows of the first ``SAMPLE`` items; see ``check_rows``."""
+    problems = check_rows(chat, items[:SAMPLE], rows[:SAMPLE])
+    return [Finding(slug, problem) for problem in problems[:1]]

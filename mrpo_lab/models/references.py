@@ -15,7 +15,7 @@ import torch
 
 from mrpo_lab.data.texts import Item
 from mrpo_lab.errors import UserError
-from mrpo_lab.models.gate import Finding, check_outliers, check_scoring
+from mrpo_lab.models.gate import Finding, check_outliers, check_scoring, check_tokens
 from mrpo_lab.models.weights import ModelSource
 from mrpo_lab.objective.scores import Scores
 from mrpo_lab.progress import progress
@@ -202,7 +202,8 @@ class ReferenceSet:
         vocabulary = len(reference.tokenization.format.tokenizer)
         # int8 scales activations by the largest in the batch, whatever the dtype of the rest.
         precision = "float16" if reference.quantization == "int8" else reference.dtype
-        findings = check_scoring(reference.slug, scorer, rows, vocabulary, precision)
+        findings = check_tokens(reference.slug, reference.tokenization.format, items, rows)
+        findings += check_scoring(reference.slug, scorer, rows, vocabulary, precision)
         problems = [finding.problem for finding in findings]
         write_whole(table.folder / "gate.json", json.dumps(problems).encode())
         if self.gate == "stop":
