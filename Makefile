@@ -3,9 +3,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
+FAST := losses weightings lists scores lambdas thompson_sampling chat data list_data checkpoint seeding fused items \
+	old_runs
 
 .DEFAULT_GOAL := help
-.PHONY: help env quickstart smollm2 bench test test-slurm check format lock clean
+.PHONY: help env quickstart smollm2 bench test test-fast test-slurm check format lock clean
 
 help:  ## List these targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -30,6 +32,9 @@ bench: env  ## Compare speed and memory with TRL on the starter pairs, after `ma
 
 test: env  ## Run all tests
 	$(BIN)/python -m pytest
+
+test-fast: env  ## Run the tests that find most mistakes, in a minute
+	$(BIN)/python -m pytest $(FAST:%=tests/test_%.py)
 
 test-slurm: env  ## Run sweeps on a throw-away SLURM, as root on Debian (tests/slurm/cluster.py install)
 	$(BIN)/python -m pytest tests/slurm -n 0

@@ -1,8 +1,8 @@
 """Compose the configurations of a sweep's runs with Hydra.
 
-A composition takes Hydra 0.1 s and a sweep has hundreds of runs, so ``Composer`` composes runs that
-differ only in their seed, or in values that cannot change a name or a reference score, once. A job
-composes its own run in full and checks that it has the same name.
+A composition takes Hydra 0.1 s and a sweep has hundreds of runs, so ``Composer`` composes runs only
+once that differ only in ``INDEPENDENT`` groups or in values that cannot change a reference score. A
+job composes its own run in full and checks that it has the same name.
 """
 
 from __future__ import annotations
@@ -27,13 +27,16 @@ from mrpo_lab.runs.naming import run_name
 
 SCORED = ("dataset", "model", "reference_set")
 """Sections of a configuration that decide which texts are scored, and by which references."""
+INDEPENDENT = ("seed", "weighting")
+"""Config groups whose options choose for no other group, and set neither a run's ``name`` nor a
+section of ``SCORED``. Another option of them changes only that one choice in ``Composed``."""
 JOBS_HAVE = ("main", "hydra", "schema")
 """Hydra's names for the sources of configuration that jobs have too: ``conf/`` and Hydra's own."""
 
 
 @dataclass(frozen=True)
 class Composed:
-    """What runs with equal overrides, up to the seed and values such as ``loss.beta``, share."""
+    """What runs share that differ in ``INDEPENDENT`` groups and values such as ``loss.beta``."""
 
     name: str
     """The key ``name``, the first folder of a run."""
@@ -65,10 +68,10 @@ class Composer:
     def name(self, overrides: Sequence[str]) -> str:
         """The name of the run of ``train.py OVERRIDES``: its folder below ``outputs``."""
         shared, choices = self._composed(overrides), {}
-        for key, _, value in (override.partition("=") for override in overrides):
-            if key == "seed":
-                self._refuse_unknown_option(key, value)
-                choices[key] = value
+        for group, _, option in (override.partition("=") for override in overrides):
+            if group in INDEPENDENT:
+                self._refuse_unknown_option(group, option)
+                choices[group] = option
         return run_name(shared.name, {**shared.choices, **choices}, overrides)
 
     def sections(self, overrides: Sequence[str]) -> dict[str, Any]:
@@ -104,11 +107,11 @@ class Composer:
         return self._shared[alike]
 
     def _matters(self, override: str) -> bool:
-        """Whether the override's value can change a name's choices or a section of ``SCORED``."""
+        """Whether the override's value can change more of ``Composed`` than its own choice."""
         key = override.partition("=")[0].lstrip("+~")
         if key.partition(".")[0] in (*SCORED, "name", "kernels"):  # kernels enter two sections
             return True
-        return key != "seed" and bool(self._options_of(key))
+        return key not in INDEPENDENT and bool(self._options_of(key))
 
     def _load(self, overrides: Sequence[str]) -> DictConfig:
         return self._loader.load_configuration(

@@ -11,18 +11,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from omegaconf import DictConfig
 
 from mrpo_lab import configs
 from mrpo_lab.data.dataset import Dataset, Prepared, describe
-from mrpo_lab.data.texts import Item
+from mrpo_lab.data.texts import Item, byte_lengths
 from mrpo_lab.errors import UserError
 from mrpo_lab.models.policy import PolicyConfig
 from mrpo_lab.models.references import ReferenceScores, ReferenceSet
 from mrpo_lab.objective.aspect_weighting import LambdaSampler
 from mrpo_lab.objective.losses import PreferenceLoss
 from mrpo_lab.objective.scores import Scores
+from mrpo_lab.objective.units import ReplyLengths, in_unit
 from mrpo_lab.objective.weighting import Weighting
 from mrpo_lab.runs.folder import Run
 from mrpo_lab.runs.summary import print_summary
@@ -245,10 +247,14 @@ class Experiment:
             refs: reference scores (N, K, R) of the pool.
             conditioned: whether the policy is given lambda in its prompt (default: as configured).
         """
+        loss_unit, lengths = self.loss.resolved_unit, self.reply_lengths(prepared)
         return Data(
             items=prepared.items,
             tokens=self.tokens(prepared, conditioned),
             refs=refs,
+            loss_refs=in_unit(refs, loss_unit, lengths),
+            weighting_refs=in_unit(refs, self.weighting.unit, lengths),
+            loss_lengths=lengths.bytes if lengths and loss_unit == "byte" else None,
             labels=prepared.labels,
             slugs=self.references.slugs,
             train=prepared.splits["train"],
@@ -256,6 +262,16 @@ class Experiment:
             test=prepared.splits["test"],
             ids=prepared.ids,
             fingerprint=prepared.fingerprint(),
+        )
+
+    def reply_lengths(self, prepared: Prepared) -> ReplyLengths | None:
+        """Lengths of the replies, where the unit of the loss or of the weighting needs them."""
+        if {self.loss.resolved_unit, self.weighting.unit} <= {"token", "reply"}:
+            return None
+        policy = self.model.tokenization.lengths(prepared.items, prepared.ids).reply
+        return ReplyLengths(
+            policy_tokens=torch.from_numpy(policy.astype(np.int64)),
+            bytes=torch.from_numpy(byte_lengths(prepared.items)),
         )
 
 

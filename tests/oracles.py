@@ -296,8 +296,10 @@ def vsw_solution(margins: Matrix) -> Row:
 
 
 def vsw(margins: Matrix) -> Row:
-    """alpha = w / sum w, w = argmin_{w >= 0} mean -log sigma(sum_k w_k d_ik) + 1e-4 ||w||^2."""
-    return _normalised(vsw_solution(margins))
+    """alpha = w / sum w, w = argmin_{w >= 0} mean -log sigma(sum_k w_k d_ik) + 1e-4 s^2 ||w||^2,
+    s^2 the mean of d_ik^2: as of margins divided by s, since alpha forgets the scale of w."""
+    s = math.sqrt(statistics.fmean(d * d for row in margins for d in row))
+    return _normalised(vsw_solution([[d / s if s else 0.0 for d in row] for row in margins]))
 
 
 def grid(margins: Matrix, m: int) -> Row:

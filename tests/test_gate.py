@@ -24,7 +24,6 @@ from mrpo_lab.models import gate, references
 from mrpo_lab.models.gate import OUTLIER, Finding, check_guess, check_outliers, check_scoring
 from mrpo_lab.models.references import Reference, ReferenceSet
 from mrpo_lab.objective.scores import Scores, chosen_first
-from mrpo_lab.scoring.kernels import Kernels
 from mrpo_lab.scoring.padding import Side, collate
 from mrpo_lab.scoring.scorer import ReplyScorer
 from mrpo_lab.storage.tables import Table
@@ -49,7 +48,7 @@ CHARACTERS = int(LENGTHS.sum())
 class Padded(ReplyScorer):
     """A scorer that never packs."""
 
-    def __init__(self, model: Any, kernels: Kernels = "auto") -> None:
+    def __init__(self, model: Any, kernels: str = "auto") -> None:
         super().__init__(model, kernels)
         self.packs = False
 
@@ -235,7 +234,7 @@ class TestReferenceSet:
         monkeypatch.setenv("MRPO_LAB_CACHE", str(tmp_path))
         real = ReplyScorer
 
-        def scorer(model: Any, kernels: Kernels) -> ReplyScorer:
+        def scorer(model: Any, kernels: str) -> ReplyScorer:
             wrong = model.config.model_type == "qwen3"
             return PaddedLeftReadRight(model, kernels) if wrong else real(model, kernels)
 

@@ -225,10 +225,10 @@ class TestMargins:
     def test_metrics_do_not_see_the_order(self) -> None:
         policy, refs, alpha, target, _ = lists()
         slugs, order = ["x", "y", "z"], shuffled(3)
-        found = batch_metrics(built("mdpo"), policy, refs, alpha, target, slugs)
+        found = batch_metrics(built("mdpo"), policy, refs, alpha, target, slugs, 0.5)
         again = reordered(policy, order), reordered(refs, order)
         moved = target.gather(-1, torch.stack(order))
-        other = batch_metrics(built("mdpo"), *again, alpha, moved, slugs)
+        other = batch_metrics(built("mdpo"), *again, alpha, moved, slugs, 0.5)
         assert other == pytest.approx(found, rel=1e-9)
         assert found["rewards/chosen"] > -100
 

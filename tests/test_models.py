@@ -231,7 +231,7 @@ class TestKernels:
             torch.testing.assert_close(found[0], found[1], rtol=0, atol=near)
         gradients = []
         for kernels in ("auto", "off"):
-            config = PolicyConfig(path=str(mistral), dtype=dtype, lora=lora, kernels=kernels)  # type: ignore[arg-type]
+            config = PolicyConfig(path=str(mistral), dtype=dtype, lora=lora, kernels=kernels)
             policy = config.build(CPU, seed=0)
             trained(policy.model)
             self.check(policy.model, policy.scorer, rows, plain=kernels == "off")
@@ -300,8 +300,10 @@ class TestKernels:
     def test_other_values_are_refused(self, mistral: Path) -> None:
         with pytest.raises(ValueError, match="kernels must be auto or off, got 'fast'"):
             reference(mistral, kernels="fast")
-        with pytest.raises(UserError, match=r"model\.kernels: Input should be 'auto' or 'off'"):
-            configs.check(compose(TINY[0], "kernels=fast"))
+        cfg = compose(TINY[0], "kernels=fast")
+        for section in ("model", "reference_set"):
+            with pytest.raises(UserError, match=f"{section}: .*kernels must be auto or off"):
+                configs.build(cfg, section)
 
 
 class TestFiles:

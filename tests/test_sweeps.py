@@ -1,5 +1,6 @@
 """The runs of a sweep, their names, their resources, and sweeps on this machine."""
 
+import functools
 import os
 import re
 import signal
@@ -11,11 +12,13 @@ from typing import Any
 from unittest import mock
 
 import pytest
+import yaml
 from harness import CONF, ROOT, TINY, Opened, assert_same, compose, read_json, train_py
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
+from launchers.composing import INDEPENDENT
 from launchers.job import answer_signals
 from launchers.nodes import Nodes, Resources, minutes, refuse_impossible
 from launchers.scores import billions_of_parameters, required_scores
@@ -47,24 +50,28 @@ def real_name(overrides: list[str]) -> str:
     return run_name(cfg.name, cfg.hydra.runtime.choices, cfg.hydra.overrides.task)
 
 
-@pytest.mark.parametrize("sweep", SWEEPS)
-def test_header_states_the_number_of_runs(sweep: str) -> None:
+@functools.cache
+def opened_sweep(sweep: str) -> tuple[Opened, list[list[str]], list[str]]:
+    """A sweep's configuration, its runs' overrides, and their names from shared compositions."""
     opened = Opened(f"sweep={sweep}")
     runs = opened.runs(f"sweep={sweep}")
+    return opened, runs, [opened.composer.name(run) for run in runs]
+
+
+@pytest.mark.parametrize("sweep", SWEEPS)
+def test_header_states_the_number_of_runs(sweep: str) -> None:
+    _, runs, names = opened_sweep(sweep)
     header = [line for line in SWEEPS[sweep].read_text().splitlines() if line.startswith("#")]
     (stated,) = re.findall(r"(\d+) runs", " ".join(header))
-    names = {opened.composer.name(run) for run in runs}
-    assert [int(stated)] * 2 == [len(runs), len(names)]
+    assert [int(stated)] * 2 == [len(runs), len(set(names))]
     page = (ROOT / "docs" / "sweeps.md").read_text()
     assert f"| `{sweep}` | {stated} |" in page
 
 
 @pytest.mark.parametrize("sweep", SWEEPS)
 def test_names_from_shared_compositions_are_those_of_the_single_command(sweep: str) -> None:
-    opened = Opened(f"sweep={sweep}")
-    runs = opened.runs(f"sweep={sweep}")
+    opened, runs, shared = opened_sweep(sweep)
     few = runs[:: max(1, len(runs) // 4)]
-    shared = [opened.composer.name(run) for run in runs]
     assert [shared[runs.index(run)] for run in few] == [real_name(run) for run in few]
     sections = [opened.composer.sections(run) for run in few]
     for run, found in zip(few, sections, strict=True):
@@ -162,12 +169,19 @@ def test_key_of_scores_depends_on_what_decides_them() -> None:
     assert keys("kernels=auto") == plain  # composed anew, after the other value of the key
 
 
-def test_runs_that_differ_in_seeds_and_values_share_a_composition() -> None:
+@pytest.mark.parametrize("file", [f for g in INDEPENDENT for f in (CONF / g).glob("*.yaml")])
+def test_independent_groups_choose_for_no_other_group(file: Path) -> None:
+    content = yaml.safe_load(file.read_text()) or {}
+    assert not any(isinstance(default, dict) for default in content.get("defaults", ()))
+    assert "_global_" not in file.read_text()
+
+
+def test_runs_that_differ_in_independent_groups_and_values_share_a_composition() -> None:
     """Hydra takes 0.1 s for each, and 144 runs are to be dispatched in seconds."""
     opened = Opened("sweep=paper")
     with mock.patch.object(opened.composer, "_load", wraps=opened.composer._load) as load:
         names = {opened.composer.name(run) for run in opened.runs("sweep=paper")}
-    assert (len(names), load.call_count) == (144, 18 * 2)  # methods on data sets
+    assert (len(names), load.call_count) == (144, 22)
 
 
 def test_data_that_changed_is_scored_again(tmp_path: Path) -> None:

@@ -349,7 +349,8 @@ SLUGS = ["anchor", "b", "c", "d", "e", "f", "g"]
         (lambda: TSW(prior=0.0), "prior must be greater than 0, got 0"),
         (lambda: TSW(probe_size=0), "probe_size must be 1 or more, got 0"),
         (lambda: TSW(probe_size=10).check(SLUGS, 9), "probe_size is 10, but there are 9"),
-        (lambda: VSW(ridge=0.0), "ridge must be greater than 0 .* got 0"),
+        (lambda: VSW(relative_ridge=0.0), "relative_ridge must be greater than 0 .* got 0"),
+        (lambda: VDW(unit="word"), "unit must be one of token, .*, got 'word'"),
         (lambda: Grid(resolution=0), "resolution must be 1 or more, got 0"),
         (lambda: Grid(20).check(SLUGS, 9), "20 with 7 references is 230,230 grid points.*200,000"),
     ],
@@ -367,8 +368,11 @@ def test_values_at_their_limits_are_accepted() -> None:
 
 def test_vsw_with_another_ridge_is_at_its_optimum() -> None:
     """The objective's slope is 0 where w > 0, and not below 0 where w = 0; the oracle's is with
-    ridge 1e-4, whose part is replaced."""
+    ridge 1e-4, whose part is replaced. Of margins whose mean square is 1, the ridge is relative
+    to 1."""
     val, ridge = [[1.0, 0.5, -1.0], [3.0, -0.25, 0.0], [-0.5, 1.0, 0.25]], 0.1
+    rms = math.sqrt(sum(d * d for row in val for d in row) / 9)
+    val = [[d / rms for d in row] for row in val]
     weighting = VSW(ridge)
     alpha_of(weighting, val)
     w = weighting.proportions(scores_of(val), chosen_first(len(val)))[0].tolist()
@@ -378,6 +382,14 @@ def test_vsw_with_another_ridge_is_at_its_optimum() -> None:
     assert w[0] > 0 < w[1]
     assert slopes[:2] == pytest.approx([0.0, 0.0], abs=1e-8)
     assert w[2] == 0 < slopes[2]
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 50.0])
+def test_vsw_does_not_depend_on_the_scale_of_margins(scale: float) -> None:
+    rng = np.random.default_rng(3)
+    val = rng.normal([0.3, 0.1, -0.2], 1.0, (40, 3))
+    expected = alpha_of(VSW(0.01), val.tolist())[0].alpha[0]
+    close(alpha_of(VSW(0.01), (scale * val).tolist())[0].alpha[0], expected)
 
 
 def test_every_shipped_weighting_has_a_row() -> None:

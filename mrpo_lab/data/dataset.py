@@ -172,7 +172,7 @@ class Dataset(ABC):
         )  # (N, R), whether an earlier reply is the same
         for tokenizer in tokenizers:
             measured = tokenizer.lengths(items, items.ids)
-            for later in range(1, again.shape[1]):
+            for later in range(1, items.ids.shape[-1]):
                 earlier = slice(0, later)
                 again[:, later] |= (
                     (measured.digest[:, earlier] == measured.digest[:, [later]])

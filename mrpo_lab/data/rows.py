@@ -56,8 +56,9 @@ def _hub_rows(path: str, split: str, config: str | None) -> Iterator[Row]:
     from datasets.exceptions import DatasetNotFoundError, DatasetsError
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
-    # They show downloads file by file.
+    # They show downloads file by file, and log what is raised as well.
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     folder = Path(path).expanduser()
     reason = None if folder.is_dir() else hub.use_cache_if_unreachable()
     try:
@@ -178,7 +179,8 @@ def _loads(text: str, where: str) -> Any:
             f"{where}: not valid JSON: {error.msg} at line {error.lineno} column {error.colno}"
         ) from error
     except (ValueError, RecursionError) as error:  # numbers of too many digits, too deep a nesting
-        raise UserError(f"{where}: JSON that cannot be read: {first_line(error)}") from error
+        problem = first_line(error).partition(";")[0]
+        raise UserError(f"{where}: JSON that cannot be read: {problem}") from error
 
 
 def parse_item(row: Row, where: str) -> Item:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -47,3 +47,13 @@ class TokenRow:
 
 Replies = tuple[TokenRow, ...]
 """The token rows of one item, one per reply."""
+
+
+def byte_lengths(items: Sequence[Item]) -> np.ndarray:
+    """UTF-8 bytes of each reply (N, R) plus 1 for its end of turn; 0 for missing replies.
+
+    They depend on the text alone, not on a model, a tokenizer or a template.
+    """
+    lengths = [[len(r.encode(errors="surrogatepass")) + 1 for r in item.replies] for item in items]
+    width = max(map(len, lengths), default=0)
+    return np.array([row + [0] * (width - len(row)) for row in lengths], dtype=np.int64)

@@ -13,7 +13,6 @@ from mrpo_lab.data.texts import Message
 from mrpo_lab.data.tokenization import Tokenization
 from mrpo_lab.errors import UserError, first_line
 from mrpo_lab.models.weights import ModelSource
-from mrpo_lab.scoring.kernels import Kernels
 from mrpo_lab.scoring.scorer import ReplyScorer, evaluating
 
 
@@ -73,9 +72,7 @@ def _with_lora(model: nn.Module, lora: dict[str, Any], seed: int) -> nn.Module:
 class Policy:
     """A model to train, its tokenizer, and its scorer."""
 
-    def __init__(
-        self, model: nn.Module, tokenization: Tokenization, kernels: Kernels = "auto"
-    ) -> None:
+    def __init__(self, model: nn.Module, tokenization: Tokenization, kernels: str = "auto") -> None:
         self.model = model
         self.tokenization = tokenization
         self.scorer = ReplyScorer(model, kernels)

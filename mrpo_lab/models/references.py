@@ -19,7 +19,6 @@ from mrpo_lab.models.gate import Finding, check_outliers, check_scoring, check_t
 from mrpo_lab.models.weights import ModelSource
 from mrpo_lab.objective.scores import Scores
 from mrpo_lab.progress import progress
-from mrpo_lab.scoring.kernels import Kernels
 from mrpo_lab.scoring.scorer import ReplyScorer
 from mrpo_lab.storage.files import write_whole
 from mrpo_lab.storage.tables import Table
@@ -77,7 +76,7 @@ class ReferenceSet:
     """dtype of the entries that name none."""
     quantization: str | None = None
     """Quantization of the entries that name none."""
-    kernels: Kernels = "auto"
+    kernels: str = "auto"
     """Kernels of the entries that name none; see ``ModelSource``."""
     gate: str = "stop"
     """What happens when a check fails: stop or warn."""

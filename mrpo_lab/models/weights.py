@@ -21,7 +21,7 @@ from transformers.utils.logging import disable_progress_bar
 from mrpo_lab import embedded
 from mrpo_lab.data.tokenization import Tokenization
 from mrpo_lab.errors import UserError, first_line
-from mrpo_lab.scoring.kernels import KERNELS, Kernels, fuse
+from mrpo_lab.scoring.kernels import KERNELS, fuse
 from mrpo_lab.storage import cache, hub
 from mrpo_lab.storage.files import write_whole
 
@@ -54,7 +54,7 @@ class ModelSource(ABC):
     template: str | None = None
     """plain, chatml or a .jinja file in place of the tokenizer's own chat template."""
     trust_remote_code: bool = False
-    kernels: Kernels = "auto"
+    kernels: str = "auto"
     """``off`` computes with plain transformers and peft: slower, and the same within rounding."""
 
     def __post_init__(self) -> None:

@@ -21,6 +21,8 @@ from mrpo_lab.objective import simplex
 from mrpo_lab.objective.stateful import Stateful
 
 MAX_POINTS = 1000
+FIRST_USES = 3
+"""How often every row of a learned table is used in turn: fewer rewards tell nothing of noise."""
 
 
 @dataclass(frozen=True)
@@ -195,8 +197,9 @@ class LearnedLambda(LambdaSampler):
     """Thompson sampling over a table of lambdas.
 
     The reward of a row is the decrease of the validation listwise loss, averaged over the aspects,
-    across the step that used it. Rewards are modeled as normal with one variance for all rows: the
-    mean of a row is drawn from N(mean, variance / pulls), and rows that were never used come first.
+    across the step that used it. The loss falls fastest at the start of training, so rewards are
+    modeled as an effect of the row plus a trend over steps that all rows share, with normal noise;
+    the effects are drawn from their posterior, after every row was used ``FIRST_USES`` times.
     lambda-DPO (2506.19780) describes a learned scheduler without saying which. ``rows: null`` takes
     the corners of the simplex and its center.
     """
@@ -226,34 +229,34 @@ class LearnedLambda(LambdaSampler):
     def start(self, context: LambdaContext) -> None:
         super().start(context)
         self._rows = self._table(context.aspects)
-        self._pulls = np.zeros(len(self._rows))
-        self._sums = np.zeros(len(self._rows))
-        self._squares = 0.0
         self._row = 0
+        self._past_rows: list[int] = []
+        self._rewards: list[float] = []
+        """Row and reward of every past step."""
 
     def draw(self) -> Float[Tensor, " A"]:
         rng, num_val = self._context.rng, self._context.num_val
-        self._row = int(self._means().argmax())
+        self._row = int(self._draw_effects().argmax())
         self._probe = rng.choice(num_val, self._probe_size, replace=False)
         self._before = self._context.probe_loss(self._probe)
         return self._rows[self._row]
 
-    def _means(self) -> np.ndarray:
-        """Draw each row's mean reward from its posterior."""
-        rng, pulls = self._context.rng, self._pulls
-        mean = self._sums / np.maximum(pulls, 1)
-        noise = rng.standard_normal(len(pulls))
-        spare = max(pulls.sum() - len(pulls), 1)
-        variance = max(self._squares - float((self._sums * mean).sum()), 0.0) / spare
-        drawn = mean + np.sqrt(variance / np.maximum(pulls, 1)) * noise
-        return np.where(pulls > 0, drawn, np.inf)
+    def _draw_effects(self) -> np.ndarray:
+        """Draw each row's effect on the reward from its posterior.
+
+        Until every row was used ``FIRST_USES`` times, the least used row gets the largest value.
+        """
+        uses = np.bincount(self._past_rows, minlength=len(self._rows))
+        if uses.min() < FIRST_USES:
+            return -uses.astype(float)
+        mean, covariance = row_effects(self._past_rows, self._rewards, len(self._rows))
+        noise = self._context.rng.standard_normal(len(self._rows))
+        return np.asarray(mean + np.linalg.cholesky(covariance) @ noise)
 
     def after_step(self) -> None:
         reward = self._before - self._context.probe_loss(self._probe)
-        self._pulls[self._row] += 1
-        self._sums[self._row] += reward
-        self._squares += reward**2
-        self._reward = reward
+        self._past_rows.append(self._row)
+        self._rewards.append(reward)
 
     def mean_lambda(self, aspects: Sequence[str]) -> Float[Tensor, " A"]:
         return self._table(aspects).mean(0)
@@ -265,16 +268,39 @@ class LearnedLambda(LambdaSampler):
         return torch.stack([in_order(row, aspects) for row in self._given])
 
     def metrics(self) -> dict[str, float]:
-        return {"lambda_bandit/row": float(self._row), "lambda_bandit/reward": self._reward}
+        return {"lambda_bandit/row": float(self._row), "lambda_bandit/reward": self._rewards[-1]}
 
     def state_dict(self) -> dict[str, Any]:
-        counts = {"pulls": self._pulls.tolist(), "sums": self._sums.tolist()}
-        return super().state_dict() | counts | {"squares": self._squares}
+        past = {"rows": list(self._past_rows), "rewards": list(self._rewards)}
+        return super().state_dict() | past
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        if "rewards" not in state:
+            raise ValueError(
+                "its learned lambda was not corrected for the trend of the rewards, as it is since "
+                "version 0.2: delete the run's folder to start over"
+            )
         super().load_state_dict(state)
-        self._pulls, self._sums = np.array(state["pulls"]), np.array(state["sums"])
-        self._squares = float(state["squares"])
+        self._past_rows, self._rewards = list(state["rows"]), list(state["rewards"])
+
+
+def row_effects(
+    rows: Sequence[int], rewards: Sequence[float], number: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Posterior mean (J,) and covariance (J, J) of the rows' effects on the reward.
+
+    The model is reward_t = effect of row_t + a log(1 + t) + b log(1 + t)^2 + normal noise, fitted
+    by least squares with a flat prior; the trend is centered on the steps so far.
+    """
+    steps = np.log1p(np.arange(len(rows)))
+    trend = np.stack([steps, steps**2], axis=1)
+    design = np.concatenate([np.eye(number)[list(rows)], trend - trend.mean(0)], axis=1)
+    inverse = np.linalg.inv(design.T @ design + 1e-6 * np.eye(number + 2))
+    fitted = inverse @ design.T @ np.array(rewards)
+    residuals = np.array(rewards) - design @ fitted
+    variance = residuals @ residuals / max(len(rows) - number - 2, 1)
+    floor = 1e-24 * np.eye(number)  # so that a perfect fit has a Cholesky factor
+    return fitted[:number], variance * inverse[:number, :number] + floor
 
 
 def checked_weights(weights: Mapping[str, float]) -> dict[str, float]:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Protocol, cast, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mrpo_lab.objective.scores import Scores
+from mrpo_lab.objective.units import Unit, check_unit
 
 
 @runtime_checkable
@@ -255,11 +256,24 @@ class PreferenceLoss:
     """Strength of the pull towards the references, > 0."""
     length_normalized: bool = True
     """Nats per token (default) or per reply, for the policy and all references."""
+    unit: str | None = None
+    """Unit of the log-probabilities, one of ``units.Unit``; null is token, or reply if
+    ``length_normalized`` is false."""
 
     def __post_init__(self) -> None:
         if not self.beta > 0:
             raise ValueError(f"beta must be greater than 0, got {self.beta}")
+        check_unit(self.resolved_unit)
         self.check(2)  # the link and the clip check their own numbers when they are called
+
+    @property
+    def resolved_unit(self) -> Unit:
+        """The unit of the log-probabilities; policy and references are to be given in it."""
+        return cast(Unit, self.unit or ("token" if self.length_normalized else "reply"))
+
+    def logps(self, scores: Scores) -> Float[Tensor, "*n R"]:
+        """Log-probabilities as this loss takes them, from scores whose counts are in its unit."""
+        return scores.logps(self.resolved_unit != "reply")
 
     def check(self, replies: int) -> None:
         """Check that the link and the clip accept prompts with this many replies.
@@ -280,8 +294,8 @@ class PreferenceLoss:
         """Compute the loss of each prompt.
 
         Args:
-            policy: scores (B, R) of the policy.
-            refs: scores (B, K, R) of the references.
+            policy: scores (B, R) of the policy, with counts in the loss's unit.
+            refs: scores (B, K, R) of the references, with counts in the loss's unit.
             alpha: weights of the references, on the simplex over K.
             target: how much each reply is to be preferred, summing to 1; (1, 0) for a pair.
 
@@ -289,8 +303,8 @@ class PreferenceLoss:
             Loss (B,), in nats for the logistic link, and implicit rewards (B, R).
         """
         loss, rewards = self.combine(
-            policy.logps(self.length_normalized),
-            self.clip(refs.logps(self.length_normalized)),
+            self.logps(policy),
+            self.clip(self.logps(refs)),
             alpha,
             beta=self.beta,
             link=self._link_to(target, refs.present),
@@ -301,8 +315,8 @@ class PreferenceLoss:
         self, policy: Scores, refs: Scores, target: Float[Tensor, "B R"]
     ) -> Float[Tensor, "B K"]:
         """The single-reference loss against each reference, unclipped."""
-        logps = policy.logps(self.length_normalized).unsqueeze(1)
-        rewards = self.beta * (logps - refs.logps(self.length_normalized))
+        logps = self.logps(policy).unsqueeze(1)
+        rewards = self.beta * (logps - self.logps(refs))
         return self._link_to(target, refs.present)(rewards, beta=self.beta)
 
     def pair_weights(
@@ -319,8 +333,8 @@ class PreferenceLoss:
         softmax(rewards) and the target.
         """
         with torch.enable_grad():
-            logps = policy.logps(self.length_normalized).detach().requires_grad_()
-            clipped = self.clip(refs.logps(self.length_normalized))
+            logps = self.logps(policy).detach().requires_grad_()
+            clipped = self.clip(self.logps(refs))
             link = self._link_to(target, refs.present)
             loss, _ = self.combine(logps, clipped, alpha, beta=self.beta, link=link)
             (grad,) = torch.autograd.grad(loss.sum(), logps)

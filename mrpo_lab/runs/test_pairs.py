@@ -23,7 +23,10 @@ def pair_names(ids: np.ndarray) -> list[str]:
 
 
 def reference_weights(loss: PreferenceLoss, policy: Scores, refs: Scores, target: Tensor) -> Tensor:
-    """Weight (B, K) of each pair's gradient if one reference alone decided it."""
+    """Weight (B, K) of each pair's gradient if one reference alone decided it.
+
+    Policy scores (B, R) and refs (B, K, R) are in the unit of the loss.
+    """
     rows, num_refs = refs.sums.shape[:2]
     one_hot = F.one_hot(torch.arange(num_refs), num_refs).to(refs.sums)
     return torch.stack(
@@ -40,7 +43,7 @@ def write_test_pairs(
     before: Scores,
     after: Scores,
     target: Tensor,
-    loss: PreferenceLoss,
+    weights: Tensor,
 ) -> None:
     """Write one row per test pair.
 
@@ -56,13 +59,14 @@ def write_test_pairs(
         refs: scores (N, K, R) of the references.
         before, after: scores (N, R) of the policy before and after training.
         target: how much each reply is to be preferred (N, R).
+        weights: ``reference_weights`` (N, K) under the trained policy.
     """
     columns: dict[str, object] = {
         "pair": pair_names(ids),
         "margin_before": before.margins(target).numpy(),
         "margin": after.margins(target).numpy(),
     }
-    margins, weights = refs.margins(target), reference_weights(loss, after, refs, target)
+    margins = refs.margins(target)
     tokens = (contrast(target, refs.present).unsqueeze(1) * refs.counts).sum(-1)
     for k, slug in enumerate(slugs):
         columns[f"margin/{slug}"] = margins[:, k].numpy()

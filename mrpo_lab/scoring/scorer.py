@@ -20,7 +20,6 @@ from mrpo_lab.errors import first_line
 from mrpo_lab.objective.scores import Scores, per_prompt
 from mrpo_lab.scoring import attention
 from mrpo_lab.scoring.head import Head, log_softmax_at, widened
-from mrpo_lab.scoring.kernels import Kernels
 from mrpo_lab.scoring.packing import (
     NO_PADDING,
     PadToMultipleOf,
@@ -54,7 +53,7 @@ class ReplyScorer:
     list of names. On a GPU rows are always padded.
     """
 
-    def __init__(self, model: Any, kernels: Kernels = "auto") -> None:
+    def __init__(self, model: Any, kernels: str = "auto") -> None:
         """
         Args:
             model: a causal language model of transformers, or a peft model around one.

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-SCHEDULES = ("constant", "linear", "cosine")
+from mrpo_lab.training.schedule import SCHEDULES
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,7 +24,7 @@ def explain_loss(
     values = loss(policy, refs, alpha, target).loss
     row = int((~torch.isfinite(values)).nonzero()[0, 0])
     text = f"the loss of {names[row]} is {float(values[row])}"
-    logps = policy.logps(loss.length_normalized)[row]
+    logps = loss.logps(policy)[row]
     for reply, value in zip(reply_names(len(logps)), logps, strict=True):
         if not torch.isfinite(value):
             return f"{text}: the policy's log-probability of its {reply} reply is {float(value)}"
@@ -34,7 +34,7 @@ def explain_loss(
             **{
                 f"log-probability of the {reply} reply": value
                 for reply, value in zip(
-                    reply_names(len(logps)), refs.logps(loss.length_normalized)[row, k], strict=True
+                    reply_names(len(logps)), loss.logps(refs)[row, k], strict=True
                 )
             },
             "loss against it": loss.by_reference(policy, refs, target)[row, k],

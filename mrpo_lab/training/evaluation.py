@@ -110,7 +110,8 @@ class Evaluation:
         target: Float[Tensor, "B R"],
     ) -> Float[Tensor, "B R"]:
         """Implicit rewards of replies, with the same ``alpha`` for all prompts."""
-        refs = self.data.refs[indices.tolist()]
+        refs = self.data.loss_refs[indices.tolist()]
+        policy = self.data.in_loss_unit(policy, indices.tolist())
         return self.loss(policy, refs, alpha.expand(len(indices), -1), target).rewards
 
     def rankings(self, alpha: Float[Tensor, " K"]) -> dict[str, float]:
@@ -158,7 +159,7 @@ class Evaluation:
             target = self.data.target(indices.tolist(), lambda_)
             ranked = {
                 "reward": self.rewards(scores, indices, alpha, target),
-                "logp": scores.logps(self.loss.length_normalized),
+                "logp": self.loss.logps(self.data.in_loss_unit(scores, indices.tolist())),
             }
             named = named_lambda(aspects, lambda_.tolist())
             for a, aspect in enumerate(aspects):

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from mrpo_lab.data.conditioning import conditioned
@@ -93,7 +93,13 @@ class Data:
     items: Sequence[Item]
     tokens: PolicyTokens
     refs: Scores
-    """Reference scores (N, K, R) on the CPU, with float64 sums."""
+    """Reference scores (N, K, R) on the CPU, with float64 sums and counts in tokens."""
+    loss_refs: Scores
+    """The same with counts in the unit of the loss."""
+    weighting_refs: Scores
+    """The same with counts in the unit of the weighting."""
+    loss_lengths: Int[Tensor, "N R"] | None
+    """Lengths of the replies in the unit of the loss, where it is not the policy's own tokens."""
     labels: Labels
     slugs: list[str]
     """Names of the K references; the first is the anchor."""
@@ -115,7 +121,35 @@ class Data:
         """How much each reply is to be preferred under ``lambda_``; (1, 0) for a pair."""
         return self.labels[indices].mix(lambda_)
 
+    def in_loss_unit(self, policy: Scores, indices: Sequence[int]) -> Scores:
+        """The policy's scores (B, R) of items, with counts in the unit of the loss."""
+        if self.loss_lengths is None:
+            return policy
+        return Scores(policy.sums, self.loss_lengths[list(indices)])
+
     def name(self, index: int) -> str:
         """What messages call an item."""
         prompt = self.items[index].prompt[-1]["content"]
         return f"pair {index} of the pool ({prompt[:60]!r})"
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The items of one optimizer step, or some of them."""
+
+    indices: list[int]
+    """Pool indices of the items."""
+    rows: list[Replies]
+    """The policy's token rows."""
+    refs: Scores
+    """Reference scores (B, K, R) in the unit of the loss."""
+    alpha: Float[Tensor, "B K"]
+    target: Float[Tensor, "B R"]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, part: list[int]) -> Batch:
+        """The items at these positions of the batch."""
+        indices, rows = [self.indices[i] for i in part], [self.rows[i] for i in part]
+        return Batch(indices, rows, self.refs[part], self.alpha[part], self.target[part])

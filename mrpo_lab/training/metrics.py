@@ -24,10 +24,17 @@ def batch_metrics(
     alpha: Float[Tensor, "B K"],
     target: Float[Tensor, "B R"],
     slugs: Sequence[str],
+    accuracy_before: float,
 ) -> dict[str, float]:
-    """Means over the batch before its step, from scores policy (B, R) and refs (B, K, R)."""
+    """Means over the batch before its step.
+
+    Args:
+        accuracy_before: accuracy of the policy on the batch, in nats per token whatever the loss.
+        policy: scores (B, R) of the policy, in the unit of the loss.
+        refs: scores (B, K, R) of the references, in the unit of the loss.
+    """
     output = loss(policy, refs, alpha, target)
-    rewards, logps = output.rewards, policy.logps(loss.length_normalized)
+    rewards, logps = output.rewards, loss.logps(policy)
     coefficients = contrast(target, refs.present)
     margins = (coefficients * rewards).sum(-1)
     chosen, rejected = sides(target, refs)
@@ -35,7 +42,7 @@ def batch_metrics(
     by_reference = loss.by_reference(policy, refs, target).mean(0)
     return {
         "train/loss": float(output.loss.mean()),
-        "train/accuracy_before": float(policy.accuracy(target)),
+        "train/accuracy_before": accuracy_before,
         "rewards/chosen": float((chosen * rewards).sum(-1).mean()),
         "rewards/rejected": float((rejected * rewards).sum(-1).mean()),
         "rewards/margins": float(margins.mean()),

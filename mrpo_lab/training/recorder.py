@@ -14,7 +14,7 @@ from mrpo_lab.models.policy import Policy
 from mrpo_lab.objective.losses import PreferenceLoss
 from mrpo_lab.objective.scores import Scores
 from mrpo_lab.runs.folder import Run
-from mrpo_lab.runs.test_pairs import write_test_pairs
+from mrpo_lab.runs.test_pairs import reference_weights, write_test_pairs
 from mrpo_lab.runs.tracking import Tracker
 from mrpo_lab.runs.trade_off import write_trade_off
 from mrpo_lab.training.inputs import Data
@@ -86,15 +86,21 @@ class Recorder:
         if not self._active:
             return
         policy.save(self.run.folder / "adapter")
+        after = Scores(**state.latest_test)
         write_test_pairs(
             self.run.folder / "test_pairs.parquet",
             data.ids[data.test],
             data.slugs,
             data.refs[data.test.tolist()],
             Scores(**state.base_test),
-            Scores(**state.latest_test),
+            after,
             target,
-            loss,
+            reference_weights(
+                loss,
+                data.in_loss_unit(after, data.test.tolist()),
+                data.loss_refs[data.test.tolist()],
+                target,
+            ),
         )
         if trade_off:
             write_trade_off(self.run.folder / "trade_off.parquet", trade_off)

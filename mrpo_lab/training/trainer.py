@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import get_scheduler
 
-from mrpo_lab.data.texts import Replies
 from mrpo_lab.errors import UserError
 from mrpo_lab.models.policy import Policy
 from mrpo_lab.objective.aspect_weighting import LambdaContext, LambdaSampler
@@ -27,10 +25,11 @@ from mrpo_lab.seeding import Seeds
 from mrpo_lab.training.config import TrainConfig
 from mrpo_lab.training.diagnosis import explain_gradient, explain_loss, explain_weights
 from mrpo_lab.training.evaluation import Evaluation
-from mrpo_lab.training.inputs import Data
+from mrpo_lab.training.inputs import Batch, Data
 from mrpo_lab.training.interruption import Interruption
 from mrpo_lab.training.metrics import batch_metrics
 from mrpo_lab.training.recorder import Recorder
+from mrpo_lab.training.schedule import learning_rate_factor
 from mrpo_lab.training.state import LoopState
 from mrpo_lab.training.state_file import load_state, save_state
 from mrpo_lab.training.workers import Workers
@@ -63,11 +62,11 @@ class Trainer:
         self.optimizer = optimizer(list(policy.trainable.values()))
         self.steps_per_epoch = -(-len(data.train) // config.batch_size)
         self.total_steps = self.steps_per_epoch * config.epochs
-        self.scheduler = get_scheduler(
-            f"{config.schedule}_with_warmup" if config.schedule == "constant" else config.schedule,
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer,
-            num_warmup_steps=config.warmup_steps,
-            num_training_steps=self.total_steps,
+            lambda step: learning_rate_factor(
+                step, config.schedule, config.warmup_steps, self.total_steps
+            ),
         )
         spread = np.linspace(0, self.total_steps, config.evaluations + 1)[1:].round().astype(int)
         self.evaluation_steps = {*spread.tolist(), self.total_steps}
@@ -81,7 +80,7 @@ class Trainer:
         self.weighting.start(
             Context(
                 slugs=self.data.slugs,
-                val=self.data.refs[val],
+                val=self.data.weighting_refs[val],
                 target=self.data.target(val, mean_lambda),
                 probe=self.evaluation.probe,
                 rng=self.seeds.rng("weighting"),
@@ -151,14 +150,22 @@ class Trainer:
         began = time.monotonic()
         torch.manual_seed(self.seeds.value("dropout", self.state.step, self.workers.rank))
         lambda_ = self.sampler.draw()
-        refs = self.data.refs[indices.tolist()]
+        weighting_refs = self.data.weighting_refs[indices.tolist()]
         target = self.data.target(indices.tolist(), lambda_)
-        alpha, undecided = self.choose_alpha(refs, target, indices)
-        rows = self.data.tokens.rows(indices.tolist(), lambda_)
-        policy = self.backward_batch(rows, refs, alpha, target)
-        self.refuse_infinite_loss(policy, refs, alpha, target, indices)
-        metrics = batch_metrics(self.loss, policy, refs, alpha, target, self.data.slugs)
-        metrics["train/grad_norm"] = self.gradient_norm(indices, rows, refs, alpha, target)
+        alpha, undecided = self.choose_alpha(weighting_refs, target, indices)
+        batch = Batch(
+            indices=indices.tolist(),
+            rows=self.data.tokens.rows(indices.tolist(), lambda_),
+            refs=self.data.loss_refs[indices.tolist()],
+            alpha=alpha,
+            target=target,
+        )
+        policy = self.backward_batch(batch)
+        scores = self.data.in_loss_unit(policy, batch.indices)
+        self.refuse_infinite_loss(scores, batch)
+        slugs, accuracy = self.data.slugs, float(policy.accuracy(target))
+        metrics = batch_metrics(self.loss, scores, batch.refs, alpha, target, slugs, accuracy)
+        metrics["train/grad_norm"] = self.gradient_norm(batch)
         metrics["train/lr"] = self.scheduler.get_last_lr()[0]
         self.optimizer.step()
         self.scheduler.step()
@@ -167,14 +174,14 @@ class Trainer:
         if self.config.accuracy_after_step:
             after = self.evaluation.score(indices, lambda_)
             metrics["train/accuracy_after"] = float(after.accuracy(target))
-        self.weighting.after_step(refs, target)
+        self.weighting.after_step(weighting_refs, target)
         self.sampler.after_step()
         self.state.alpha_sum = (alpha.mean(0).numpy() + self.state.alpha_sum).tolist()
         self.state.undecided += undecided
         metrics["alpha/undecided_pairs"] = float(undecided)
         metrics["perf/pairs_per_second"] = len(indices) / (time.monotonic() - began)
         if self.data.lists:
-            metrics |= named_lambda(self.data.labels.aspects, lambda_.tolist())
+            metrics |= named_lambda(self.data.labels.aspects, lambda_)
         return metrics | self.weighting.metrics() | self.sampler.metrics()
 
     def choose_alpha(self, refs: Scores, target: Tensor, indices: np.ndarray) -> tuple[Tensor, int]:
@@ -191,50 +198,41 @@ class Trainer:
             raise UserError(f"step {self.state.step + 1}: {explained}")
         return to_simplex(proportions, len(indices))
 
-    def backward_batch(
-        self, rows: Sequence[Replies], refs: Scores, alpha: Tensor, target: Tensor
-    ) -> Scores:
+    def backward_batch(self, batch: Batch) -> Scores:
         """Accumulate the gradient of the batch's mean loss over this process's micro-batches.
 
         Returns:
             The policy's scores of the whole batch, as they were before the step.
         """
-        share = list(self.workers.share(len(rows)))
-        costs = self.policy.scorer.costs([rows[i] for i in share])
+        share = list(self.workers.share(len(batch)))
+        costs = self.policy.scorer.costs([batch.rows[i] for i in share])
         scored, mine = [], []
         for group in balanced(costs, self.config.micro_batch_tokens):
             part = [share[i] for i in group]
-            micro_batch = [rows[i] for i in part]
-            scored.append(
-                self.backward(micro_batch, refs[part], alpha[part], target[part], len(rows))
-            )
+            scored.append(self.backward(batch[part], len(batch)))
             mine += part
-        return self.evaluation.gather(scored, mine, len(rows))
+        return self.evaluation.gather(scored, mine, len(batch))
 
-    def backward(
-        self, rows: Sequence[Replies], refs: Scores, alpha: Tensor, target: Tensor, batch_size: int
-    ) -> Scores:
+    def backward(self, micro_batch: Batch, batch_size: int) -> Scores:
         """Forward and backward pass of one micro-batch; returns the policy's scores of it.
 
         The loss is divided by the size of the global batch, so that gradients add up to its mean.
         """
-        device = self.workers.device
+        device, rows = self.workers.device, micro_batch.rows
         self.policy.model.train()
-        replies, width = [len(item) for item in rows], refs.sums.shape[-1]
+        replies, width = [len(item) for item in rows], micro_batch.refs.sums.shape[-1]
         sums, counts = self.policy.scorer.logps(rows)
         policy = Scores(per_prompt(sums, replies, width), per_prompt(counts, replies, width))
-        output = self.loss(policy, refs.to(device), alpha.to(device), target.to(device))
+        output = self.loss(
+            self.data.in_loss_unit(policy, micro_batch.indices).to(device),
+            micro_batch.refs.to(device),
+            micro_batch.alpha.to(device),
+            micro_batch.target.to(device),
+        )
         (output.loss.sum() / batch_size).backward()
         return Scores(policy.sums.detach(), policy.counts)
 
-    def gradient_norm(
-        self,
-        indices: np.ndarray,
-        rows: Sequence[Replies],
-        refs: Scores,
-        alpha: Tensor,
-        target: Tensor,
-    ) -> float:
+    def gradient_norm(self, batch: Batch) -> float:
         """Sum gradients over processes, clip them if asked to, and return their norm.
 
         Raises:
@@ -246,28 +244,37 @@ class Trainer:
         norm = float(torch.nn.utils.clip_grad_norm_(parameters.values(), limit))
         if not np.isfinite(norm):
             explained = explain_gradient(
-                lambda i: self.backward([rows[i]], refs[[i]], alpha[[i]], target[[i]], len(rows)),
+                lambda i: self.data.in_loss_unit(
+                    self.backward(batch[[i]], len(batch)).to(torch.device("cpu")),
+                    [batch.indices[i]],
+                ),
                 parameters,
                 self.loss,
-                refs,
-                target,
+                batch.refs,
+                batch.target,
                 self.data.slugs,
-                [self.data.name(int(i)) for i in indices],
+                [self.data.name(i) for i in batch.indices],
             )
             raise UserError(f"step {self.state.step + 1}: {explained}")
         return norm
 
-    def refuse_infinite_loss(
-        self, policy: Scores, refs: Scores, alpha: Tensor, target: Tensor, indices: np.ndarray
-    ) -> None:
+    def refuse_infinite_loss(self, policy: Scores, batch: Batch) -> None:
         """Stop before a step with a loss that is not finite spoils the weights and the checkpoint.
 
         Raises:
             UserError: names the pair, the reference and the term.
         """
-        if not bool(torch.isfinite(self.loss(policy, refs, alpha, target).loss).all()):
-            names = [self.data.name(int(i)) for i in indices]
-            explained = explain_loss(self.loss, policy, refs, alpha, target, self.data.slugs, names)
+        losses = self.loss(policy, batch.refs, batch.alpha, batch.target).loss
+        if not bool(torch.isfinite(losses).all()):
+            explained = explain_loss(
+                self.loss,
+                policy,
+                batch.refs,
+                batch.alpha,
+                batch.target,
+                self.data.slugs,
+                [self.data.name(i) for i in batch.indices],
+            )
             raise UserError(f"step {self.state.step + 1}: {explained}")
 
     def evaluate_base(self) -> None:
@@ -336,8 +343,11 @@ class Trainer:
                 parameter.copy_(state["trainable"][name])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
-        self.weighting.load_state_dict(state["weighting"])
-        self.sampler.load_state_dict(state["lambda"])
+        try:
+            self.weighting.load_state_dict(state["weighting"])
+            self.sampler.load_state_dict(state["lambda"])
+        except ValueError as error:
+            raise UserError(f"{checkpoint}: {error}") from error
         self.state = LoopState(**state["loop"])
         logger.info("resuming after step %d of %d", self.state.step, self.total_steps)
         return True

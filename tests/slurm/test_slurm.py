@@ -333,7 +333,7 @@ def test_what_the_cluster_cannot_start_is_refused(lab: Lab, asked: list[str], wh
 def test_time_that_is_up_is_followed_by_more(timed: Lab) -> None:
     """Started by the first test."""
     run = timed.run("timed", "s6")
-    until(lambda: len(sessions(run)) > 1)
+    until(lambda: (run / "provenance.json").exists() and len(sessions(run)) > 1, 600)
     # A slow machine may need more than a session's half minute to its first step.
     until(lambda: timed.grant_minutes(timed.run_states("timed")["s6"].job, 20))
     (timed.plants / "s6.slow").unlink()

@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from mrpo_lab.objective.scores import Scores
 from mrpo_lab.objective.stateful import Stateful
+from mrpo_lab.objective.units import Unit, check_unit
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,7 @@ class Context:
     slugs: list[str]
     """Names of the K references; the first is the anchor."""
     val: Scores
-    """Reference scores (N_val, K, R) of the validation split."""
+    """Reference scores (N_val, K, R) of the validation split, in the unit of the weighting."""
     target: Float[Tensor, "N_val R"]
     """How much each validation reply is to be preferred; (1, 0) for a pair."""
     probe: Callable[..., list[float]]
@@ -30,15 +32,20 @@ class Context:
 
     @property
     def margins(self) -> Float[Tensor, "N_val K"]:
-        """Margins d_ik of the references on the validation split, in nats per token."""
+        """Margins d_ik of the references on the validation split, in nats per unit."""
         return self.val.margins(self.target)
 
 
 class Weighting(Stateful, ABC):
     """Decides at every step what alpha is proportional to.
 
-    Every method is called on every weighting; a subclass overrides those it needs.
+    Every method is called on every weighting; a subclass overrides those it needs. A weighting that
+    looks at margins takes ``unit``, the unit of log-probabilities (see ``objective.units``).
     """
+
+    def __init__(self, unit: str = "token") -> None:
+        check_unit(unit)
+        self.unit = cast(Unit, unit)
 
     def check(self, slugs: list[str], num_val: int) -> None:
         """Check the settings against the references and the size of the validation split.
@@ -57,7 +64,7 @@ class Weighting(Stateful, ABC):
         """Non-negative numbers that alpha is proportional to in the next step.
 
         Args:
-            refs: reference scores (B, K, R) of the global batch.
+            refs: reference scores (B, K, R) of the global batch, with counts in ``unit``.
             target: how much each reply is to be preferred; (1, 0) for a pair.
 
         Returns:

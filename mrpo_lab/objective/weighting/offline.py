@@ -1,6 +1,6 @@
 """Weightings that are fixed before the first step, most of them from the validation split.
 
-``context.margins`` (N_val, K) are the references' margins d_ik in nats per token.
+``context.margins`` (N_val, K) are the references' margins d_ik in nats per ``unit``.
 """
 
 import itertools
@@ -44,6 +44,7 @@ class Single(Offline):
     """All weight on the reference called ``slug`` (default: the anchor): single-reference DPO."""
 
     def __init__(self, slug: str | None = None) -> None:
+        super().__init__()
         self._slug = slug
 
     def check(self, slugs: list[str], num_val: int) -> None:
@@ -59,6 +60,7 @@ class Fixed(Offline):
     """Given ``weights``, in the order of the references; they are normalized."""
 
     def __init__(self, weights: list[float]) -> None:
+        super().__init__()
         if any(not math.isfinite(w) or w < 0 for w in weights):
             raise ValueError(f"weights must be finite and not negative, got {weights}")
         if not sum(weights) > 0:
@@ -99,17 +101,25 @@ class RMC(Offline):
 class VSW(Offline):
     """Logistic regression of the val labels on the margins, with non-negative weights.
 
-    Minimizes mean -log sigmoid(sum_k w_k d_ik) + ridge |w|^2 over w >= 0, which is convex; alpha is
-    w normalized, uniform if w = 0.
+    Minimizes mean -log sigmoid(sum_k w_k d_ik) + relative_ridge s^2 |w|^2 over w >= 0, where s^2 is
+    the mean of d_ik^2; this is convex. alpha is w normalized, uniform if w = 0. Because the penalty
+    grows with the margins, alpha does not depend on their scale or unit.
     """
 
-    def __init__(self, ridge: float = 1e-4) -> None:
-        if not ridge > 0:
-            raise ValueError(f"ridge must be greater than 0 for a unique optimum, got {ridge}")
-        self._ridge = ridge
+    def __init__(self, relative_ridge: float = 1e-4, unit: str = "token") -> None:
+        super().__init__(unit)
+        if not relative_ridge > 0:
+            raise ValueError(
+                f"relative_ridge must be greater than 0 for a unique optimum, got {relative_ridge}"
+            )
+        self._ridge = relative_ridge
 
     def fit(self, context: Context) -> Float[Tensor, " K"]:
         margins = context.margins.double().cpu().numpy()
+        scale = np.sqrt((margins**2).mean())
+        if scale == 0:
+            return torch.zeros(margins.shape[1], dtype=torch.float64)
+        margins = margins / scale
 
         def objective(w: np.ndarray) -> tuple[float, np.ndarray]:
             z = margins @ w
@@ -137,7 +147,8 @@ class Grid(Offline):
 
     MAX_POINTS = 200_000
 
-    def __init__(self, resolution: int = 10) -> None:
+    def __init__(self, resolution: int = 10, unit: str = "token") -> None:
+        super().__init__(unit)
         if resolution < 1:
             raise ValueError(f"resolution must be 1 or more, got {resolution}")
         self._resolution = resolution

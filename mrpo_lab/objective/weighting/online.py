@@ -16,14 +16,14 @@ from mrpo_lab.objective.weighting.base import Context, Weighting
 class ARWC(Weighting):
     """Adaptive reference weighting per pair by confidence: alpha_ik ~ |d_ik| (Le et al., eq. 3).
 
-    ``length_normalized=False`` uses summed log-probabilities, as Le et al. do.
+    ``length_normalized=False`` means ``unit="reply"``, summed log-probabilities, as in Le et al.
     """
 
-    def __init__(self, length_normalized: bool = True) -> None:
-        self._length_normalized = length_normalized
+    def __init__(self, length_normalized: bool = True, unit: str | None = None) -> None:
+        super().__init__(unit or ("token" if length_normalized else "reply"))
 
     def proportions(self, refs: Scores, target: Float[Tensor, "B R"]) -> Float[Tensor, "B K"]:
-        return refs.margins(target, self._length_normalized).abs()
+        return refs.margins(target).abs()
 
 
 class SWCW(Weighting):
@@ -32,7 +32,8 @@ class SWCW(Weighting):
     Uniform at the first step (2512.10040, eq. 6; the paper uses window 1).
     """
 
-    def __init__(self, window: int = 1) -> None:
+    def __init__(self, window: int = 1, unit: str = "token") -> None:
+        super().__init__(unit)
         if window < 1:
             raise ValueError(f"window must be 1 or more, got {window}")
         self._past: deque[Float[Tensor, " K"]] = deque(maxlen=window)
@@ -75,6 +76,7 @@ class TSW(Weighting):
     """
 
     def __init__(self, prior: float = 5.0, probe_size: int = 250) -> None:
+        super().__init__()
         if not prior > 0:
             raise ValueError(f"prior must be greater than 0, got {prior}")
         if probe_size < 1:

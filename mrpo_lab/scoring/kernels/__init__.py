@@ -6,16 +6,13 @@ is different in any way to transformers or peft.
 
 from __future__ import annotations
 
-from typing import Literal
-
 from torch import nn
 
 from mrpo_lab.scoring.kernels import lora, norms, swiglu
 
-Kernels = Literal["auto", "off"]
+KERNELS = ("auto", "off")
 """``auto``: fused layers, packed rows and chunked logits wherever the model allows them.
 ``off``: plain transformers and peft, to check a number or to find a fault."""
-KERNELS: tuple[Kernels, ...] = ("auto", "off")
 
 
 def fuse(model: nn.Module) -> None:
