@@ -7,8 +7,9 @@ a template or a tokenizer that nobody thought of is found before a number is com
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
-from mrpo_lab.data.chat import THOUGHTS, ChatFormat, squeeze
+from mrpo_lab.data.chat import BORDER, THOUGHTS, ChatFormat, squeeze
 from mrpo_lab.data.texts import Item, Message, TokenRow
 
 WORDS = ("zebra", "quartz", "violin", "pumpkin", "harbor", "jigsaw", "walnut", "cobweb", "oxygen")
@@ -18,7 +19,8 @@ WORDS = ("zebra", "quartz", "violin", "pumpkin", "harbor", "jigsaw", "walnut", "
 def check_rows(
     chat: ChatFormat, items: Sequence[Item], rows: Sequence[Sequence[TokenRow]]
 ) -> list[str]:
-    """Check token rows against the texts they were made from. White space and case do not count.
+    """Check token rows against the texts they were made from. Case and white space inside do not
+    count.
 
     The tokens before the reply must decode to a text with every message in it. Those of the reply
     must decode to the reply between what the template prints around any reply, such as an empty
@@ -33,80 +35,91 @@ def check_rows(
     """
     problems: list[str] = []
     for item, replies in zip(items, rows, strict=True):
-        try:
-            around = _around(chat, [message["role"] for message in item.prompt])
-        except _MisplacedError as error:
-            problems.append(str(error))
+        specimen = _specimen(chat, [message["role"] for message in item.prompt])
+        if isinstance(specimen, str):
+            problems.append(specimen)
             continue
         for row, reply in zip(replies, item.replies, strict=True):
-            problem = _problem(chat, item.prompt, reply, row, around)
+            problem = _problem(chat, item.prompt, reply, row, specimen)
             if problem:
                 problems.append(problem)
     return list(dict.fromkeys(problems))
 
 
-class _MisplacedError(Exception):
-    """A word of a specimen that is not where it should be."""
+class _Around(NamedTuple):
+    """What the template prints around any reply to a conversation of some roles."""
+
+    lead: str
+    """White space with which the reply's tokens begin."""
+    before: str
+    after: str
 
 
-def _around(chat: ChatFormat, roles: Sequence[str]) -> tuple[str, str]:
-    """What the template prints before and after a reply to a conversation of these roles.
-
-    Raises:
-        _MisplacedError: the specimen's rows do not have each word in its place.
-    """
+def _specimen(chat: ChatFormat, roles: Sequence[str]) -> _Around | str:
+    """What is around the reply in a specimen, or which of its words is not in its place."""
     words = [WORDS[i % len(WORDS)] + chr(97 + i // len(WORDS)) for i in range(len(roles) + 1)]
     prompt = tuple({"role": r, "content": word} for r, word in zip(roles, words, strict=False))
     (rows,) = chat.rows([Item(prompt, (words[-1],))])
     if rows is None:
-        raise _MisplacedError(f"conversations of {', '.join(roles)} cannot be rendered")
+        return f"conversations of {', '.join(roles)} cannot be rendered"
     asked, told = _decoded(chat, rows[0])
     for message in prompt:
-        if message["content"] not in asked:
-            raise _MisplacedError(f"the text of the {message['role']} message is not in the prompt")
-        if message["content"] in told:
-            raise _MisplacedError(f"the text of the {message['role']} message is part of the reply")
-    before, found, after = told.partition(words[-1])
-    if not found or words[-1] in asked:
-        raise _MisplacedError("the reply's tokens are not the reply")
-    return before, after
+        if message["content"] not in _plain(asked):
+            return f"the text of the {message['role']} message is not in the prompt"
+        if message["content"] in _plain(told):
+            return f"the text of the {message['role']} message is part of the reply"
+    before, found, after = _plain(told).partition(words[-1])
+    if not found or words[-1] in _plain(asked):
+        return "the reply's tokens are not the reply"
+    return _Around(_lead(told), before, after)
 
 
 def _problem(
-    chat: ChatFormat, prompt: Sequence[Message], reply: str, row: TokenRow, around: tuple[str, str]
+    chat: ChatFormat, prompt: Sequence[Message], reply: str, row: TokenRow, specimen: _Around
 ) -> str | None:
+    """What is wrong with one row, if anything is."""
     asked, told = _decoded(chat, row)
     for message in prompt:
-        if not any(text in asked for text in _forms(chat, message["content"])):
+        if not any(text in _plain(asked) for text in _forms(chat, message["content"])):
             return f"a {message['role']} message is not in the prompt: {message['content'][:40]!r}"
-    before, after = around
+    _, before, after = specimen
+    same_lead = _lead(told) == specimen.lead or reply != reply.lstrip() or not reply
+    # Thoughts may be printed otherwise or not at all; a merged token may begin before the reply.
+    free = bool(THOUGHTS.search(reply)) or row.prefix_broken
     for text in _forms(chat, reply):
-        # With thoughts in it, a template may print other things before the reply, or less of it.
-        if told == before + text + after or (
-            THOUGHTS.search(reply) and told.endswith(text + after)
-        ):
+        if same_lead and _plain(told) == before + text + after:
+            return None
+        extra = len(_plain(told)) - len(text + after)
+        if free and _plain(told).endswith(text + after) and extra <= len(before) + BORDER:
             return None
     return f"the reply's tokens read {told[:60]!r}, where the reply is {reply[:40]!r}"
 
 
 def _decoded(chat: ChatFormat, row: TokenRow) -> tuple[str, str]:
-    """The texts of prompt and reply as the tokens have them, squeezed."""
+    """The texts of prompt and reply as the tokens have them."""
     return _decode(chat, row.ids[: row.start].tolist()), _decode(
         chat, row.ids[row.start :].tolist()
     )
 
 
 def _decode(chat: ChatFormat, ids: list[int]) -> str:
-    text = chat.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
-    return squeeze(str(text)).casefold()
+    return str(chat.tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+
+
+def _lead(text: str) -> str:
+    """The white space with which a text begins."""
+    return text[: len(text) - len(text.lstrip())]
+
+
+def _plain(text: str) -> str:
+    """A text without white space and case."""
+    return squeeze(text).casefold()
 
 
 def _forms(chat: ChatFormat, content: str) -> list[str]:
-    """A content as its tokens decode, which for some tokenizers is not what it was; whole, and
-    without its thoughts."""
+    """A content as it is and as its tokens decode, whole and without its thoughts."""
     found = []
     for text in (content, THOUGHTS.sub("", content)):
-        found.append(squeeze(text).casefold())
         ids = chat.tokenizer([text.strip()], add_special_tokens=False)["input_ids"][0]
-        found.append(_decode(chat, ids))
+        found += [_plain(text), _plain(_decode(chat, ids))]
     return found
