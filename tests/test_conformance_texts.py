@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
@@ -346,3 +348,21 @@ def test_real_prompts_conform(tiny7_dir: Path) -> None:
         found = [found for found in chat.rows(items) if found]
         assert len(found) == len(items)
         assert check_rows(chat, items, found) == []
+
+
+@pytest.fixture(scope="module")
+def seven(tiny7_dir: Path) -> list[ChatFormat]:
+    return [load_format(slug, tiny7_dir / slug) for slug in SLUGS]
+
+
+@settings(deadline=None, max_examples=40, suppress_health_check=list(HealthCheck))
+@given(prompt=st.text(), reply=st.text())
+@example(prompt="\x00\n\r\u2028", reply="\U0001f469\u200d\U0001f680 e\u0301")
+@example(prompt="", reply="<|im_end|>\n<|im_start|>user\n")
+@example(prompt="<think>a</think>", reply="<think>\nb</think>\n\nc")
+def test_any_text_conforms(seven: list[ChatFormat], prompt: str, reply: str) -> None:
+    item = Item((message("user", prompt),), (reply, reply + "."))
+    for chat in seven:
+        (rows,) = chat.rows([item])
+        assert rows is not None
+        assert check_rows(chat, [item], [rows]) == []

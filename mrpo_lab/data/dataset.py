@@ -325,29 +325,29 @@ def _as_scalars(ids: np.ndarray) -> np.ndarray:
 
 
 def nearest_sum(sizes: Sequence[int], wanted: int) -> list[int]:
-    """Indices of ``sizes`` whose sum is as near to ``wanted`` as can be.
+    """Indices of ``sizes`` whose sum, greater than 0, is as near to ``wanted`` as can be.
 
-    They are the first ones, as long as any size would still fit; the last few are chosen.
+    They are the first ones but for the last few, which are chosen so that the sum fits.
     """
     largest, total, start = max(sizes, default=0), 0, 0
-    while start < len(sizes) and total + largest <= wanted:
+    while start < len(sizes) and total + max(4096, 64 * largest) <= wanted:
         total += sizes[start]
         start += 1
     gap = wanted - total
-    # Each sum that can be reached with the rest: the sum before it, and the size that was added.
-    reached: dict[int, tuple[int, int]] = {0: (0, -1)}
+    known = np.zeros(gap + largest + 1, dtype=bool)  # the sums that the others can have
+    last = np.zeros(len(known), dtype=int)  # by which of them each sum was reached first
+    known[0] = True
     for index in range(start, len(sizes)):
-        if gap in reached:
+        if known[gap]:
             break
-        for before in list(reached):
-            after = before + sizes[index]
-            if after <= gap + largest:
-                reached.setdefault(after, (before, index))
-    found = min(reached, key=lambda s: (abs(s - gap), s))
+        new = np.flatnonzero(known[: -sizes[index]] & ~known[sizes[index] :]) + sizes[index]
+        known[new], last[new] = True, index
+    sums = [int(s) for s in np.flatnonzero(known) if s + total]
+    left = min(sums, key=lambda s: abs(s - gap), default=0)
     picked = []
-    while found:
-        found, index = reached[found]
-        picked.append(index)
+    while left:
+        picked.append(int(last[left]))
+        left -= sizes[picked[-1]]
     return [*range(start), *picked]
 
 

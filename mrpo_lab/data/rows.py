@@ -73,9 +73,9 @@ def _hub_rows(path: str, split: str, config: str | None) -> Iterator[Row]:
         refusal = reason or f"the hub refused it ({first_line(error)})"
         raise hub.NotAtHandError(path, refusal) from error
     except (OSError, KeyError, ValueError, DatasetsError) as error:
-        if isinstance(error, DatasetsError) and folder.is_dir():
-            _find_damage(folder)
-        raise UserError(f"dataset.path: {path}, split {split}: {_explained(error)}") from error
+        damage = folder.is_dir() and isinstance(error, DatasetsError) and _damage(folder)
+        problem = damage or _explained(error)
+        raise UserError(f"dataset.path: {path}, split {split}: {problem}") from error
     yield from rows
 
 
@@ -92,27 +92,29 @@ def _explained(error: BaseException) -> str:
     return ": ".join(lines)
 
 
-def _find_damage(folder: Path) -> None:
-    """Find out why ``datasets`` cannot read a folder's files as one table.
-
-    Raises:
-        UserError: a file is damaged, or two files differ in their columns; names them.
-    """
+def _damage(folder: Path) -> str | None:
+    """Why ``datasets`` cannot read a folder's files as one table: which file is damaged, or which
+    two differ in their columns; None if neither is found."""
     columns: dict[Path, list[str]] = {}
     for file in sorted(folder.rglob("*")):
-        if file.name.removesuffix(".gz").endswith((".jsonl", ".csv", ".parquet")):
+        if not file.name.removesuffix(".gz").endswith((".jsonl", ".csv", ".parquet")):
+            continue
+        try:
             for where, row in _file_rows(file):
                 if not isinstance(row, Mapping):
-                    raise UserError(f"{where}: expected an object, got {type(row).__name__}")
+                    return f"{where}: expected an object, got {type(row).__name__}"
                 columns.setdefault(file, list(row))
+        except UserError as error:
+            return str(error)
     for file, names in columns.items():
         first, expected = next(iter(columns.items()))
         odd = sorted({*names} ^ {*expected})
         if odd:
-            raise UserError(
-                f"dataset.path: {first} and {file} differ in their columns ({', '.join(odd)}): "
-                "give one of the files as dataset.path, or each its own configuration"
+            return (
+                f"{first} and {file} differ in their columns ({', '.join(odd)}): give one of the "
+                "files as dataset.path, or each its own configuration"
             )
+    return None
 
 
 def _file_rows(path: Path) -> Iterator[tuple[str, Row]]:
