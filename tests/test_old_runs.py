@@ -27,7 +27,7 @@ pytest_plugins = ("surroundings",)
 
 FIXTURE = Path(__file__).parent / "fixtures" / "old_runs"
 STEP_LEFT_BY_THE_CHECKPOINT = 2
-NEW_COUNTS = ("test_pairs_in_train",)
+NEW_COUNTS = ("identical_after_template", "test_pairs_in_train")
 NEW_COLUMNS = ("prompt",)
 """What runs have written since: counts of ``result.json``, columns of ``test_pairs.parquet``."""
 SETTINGS = (

@@ -19,7 +19,9 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 
-from mrpo_lab.data.texts import Replies
+from mrpo_lab.data.conformance import first_problem
+from mrpo_lab.data.texts import Item, Replies
+from mrpo_lab.data.tokenization import Tokenization
 from mrpo_lab.objective.scores import Scores, chosen_first
 from mrpo_lab.scoring.scorer import ReplyScorer, difference
 
@@ -197,3 +199,12 @@ def check_outliers(scores: Mapping[str, Scores], characters: int) -> list[Findin
                     )
                 )
     return findings
+
+
+def check_tokens(
+    slug: str, tokenization: Tokenization, items: Sequence[Item], ids: np.ndarray
+) -> list[Finding]:
+    """Check the token rows of the first ``SAMPLE`` items; see ``data.conformance.check_rows``."""
+    sample = [items[i] for i in range(min(SAMPLE, len(items)))]
+    problem = first_problem(tokenization, sample, ids[: len(sample)])
+    return [Finding(slug, problem)] if problem else []

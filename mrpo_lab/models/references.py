@@ -19,6 +19,7 @@ from mrpo_lab.models.gate import (
     SAMPLE,
     Finding,
     check_outliers,
+    check_tokens,
     disagreements,
     judge,
     measure,
@@ -181,13 +182,15 @@ class ReferenceSet:
             UserError: a model is damaged or cannot be given an item; or a check of the gate failed
                 and ``gate`` is stop.
         """
+        findings: list[Finding] = []
         for reference in self.members:  # all of them before the first is scored
+            findings += check_tokens(reference.slug, reference.tokenization, items, ids)
             stored = reference.stored()
             if not stored.complete(ids):
                 reference.check()
                 stored.say_if_replaced(reference.slug, reference.fingerprint()["weights"])
+        self._report(findings)
         scores: dict[str, Scores] = {}
-        findings: list[Finding] = []
         for reference in self.members:
             scores[reference.slug], found = self._score(reference, items, ids, device)
             findings += found
