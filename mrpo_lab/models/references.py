@@ -188,7 +188,7 @@ class ReferenceSet:
             stored = reference.stored()
             if not stored.complete(ids):
                 reference.check()
-                stored.say_if_replaced(reference.slug, reference.fingerprint()["weights"])
+                self._take_over(reference, stored, items, ids)
         self._report(findings)
         scores: dict[str, Scores] = {}
         for reference in self.members:
@@ -198,6 +198,21 @@ class ReferenceSet:
         outliers = check_outliers(scores, characters)
         self._report(outliers)
         return ReferenceScores(Scores.stack(list(scores.values())), findings + outliers)
+
+    def _take_over(
+        self, reference: Reference, stored: StoredScores, items: Sequence[Item], ids: np.ndarray
+    ) -> None:
+        """Keep scores that an earlier version stored, where none of its faults can matter: the
+        checkpoint is whole and not quantized by itself, and the prompt has no system message."""
+        if stored.former is None:
+            return
+        own_quantization = reference.quantized and not reference.quantization
+        sound = np.array(
+            [not own_quantization and item.prompt[0]["role"] != "system" for item in items]
+        )
+        stored.take_over(
+            reference.slug, ids, reference.tokenization.lengths(items, ids).reply, sound
+        )
 
     def _score(
         self, reference: Reference, items: Sequence[Item], ids: np.ndarray, device: torch.device
