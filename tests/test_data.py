@@ -460,7 +460,7 @@ class TestFolders:
             f"- config_name: {n}\n  data_files: {n}/train.jsonl\n" for n in ("short", "long")
         )
         (tmp_path / "README.md").write_text(f"---\nconfigs:\n{entries}---\n")
-        data = {"path": str(tmp_path), "train": None, "val": 1, "test": 1}
+        data: dict[str, Any] = {"path": str(tmp_path), "train": None, "val": 1, "test": 1}
         assert len(FileDataset(**data, config="short").read()) == 1
         assert len(FileDataset(**data, config="long").read()) == 3
         for config in (None, "middle"):
