@@ -172,6 +172,15 @@ class TestFilters:
         assert prepared.counts["dropped_unscorable"] == 1
         assert dataset(pairs).prepare(items, tokenizers, rng).counts["dropped_unscorable"] == 0
 
+    def test_a_template_that_refuses_all_pairs_is_named(
+        self, tiny7_dir: Path, tmp_path: Path, tokenizers: list[Tokenization]
+    ) -> None:
+        file = tmp_path / "refuses.jinja"
+        file.write_text("{{ raise_exception('no') }}")
+        refusing = Tokenization("strict", tiny7_dir / "tiny-neox", str(file))
+        with pytest.raises(UserError, match=r"template of strict renders none of 12 pairs"):
+            prepare(dataset(some_pairs(12)), [*tokenizers, refusing])
+
     def test_what_templates_bend_is_counted(self, tokenizers: list[Tokenization]) -> None:
         pairs = some_pairs(12)
         items = list(dataset(pairs).read())

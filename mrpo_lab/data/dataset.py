@@ -215,6 +215,13 @@ class Dataset(ABC):
     ) -> np.ndarray:
         """Indices of the items that pass the filters of 2512.10040 (appendix), in its order."""
         measured = [tokenizer.lengths(items, items.ids) for tokenizer in tokenizers]
+        for tokenizer, m in zip(tokenizers, measured, strict=True):
+            if len(items) and not m.reply.any():
+                raise UserError(
+                    f"dataset: the chat template of {tokenizer.name} renders none of "
+                    f"{len(items)} pairs, since it refuses them or loses texts of their messages: "
+                    "give the model another template"
+                )
         prompts = np.stack([m.prompt.max(-1) for m in measured]).max(0)  # (N,)
         totals = np.stack([m.prompt + m.reply for m in measured]).max(0)  # (N, R)
         replies = np.stack([m.reply for m in measured])  # (tokenizers, N, R)
