@@ -54,7 +54,9 @@ def check_rows(
 
 
 def first_problem(tokenization: Tokenization, items: Sequence[Item], ids: np.ndarray) -> str | None:
-    """What is wrong with the token rows of ``items``, or None; see ``check_rows``.
+    """Describe the first mistake in the token rows of ``items``; None if there is none.
+
+    See ``check_rows``.
 
     What was found is stored per reply, so that items that were checked before need no tokenizer.
 
@@ -86,7 +88,7 @@ class _Around(NamedTuple):
 
 
 def _specimen(chat: ChatFormat, roles: Sequence[str]) -> _Around | str:
-    """What is around the reply in a specimen, or which of its words is not in its place."""
+    """Text around the reply in a specimen, or a description of what is out of place."""
     words = [WORDS[i % len(WORDS)] + chr(97 + i // len(WORDS)) for i in range(len(roles) + 1)]
     prompt = tuple({"role": r, "content": word} for r, word in zip(roles, words, strict=False))
     (rows,) = chat.rows([Item(prompt, (words[-1],))])
@@ -107,7 +109,7 @@ def _specimen(chat: ChatFormat, roles: Sequence[str]) -> _Around | str:
 def _problem(
     chat: ChatFormat, prompt: Sequence[Message], reply: str, row: TokenRow, specimen: _Around
 ) -> str | None:
-    """What is wrong with one row, if anything is."""
+    """Describe the mistake in one token row; None if there is none."""
     asked, told = _decoded(chat, row)
     for message in prompt:
         if not any(text in _plain(asked) for text in _forms(chat, message["content"])):

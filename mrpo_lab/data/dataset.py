@@ -29,7 +29,7 @@ class Prepared:
     items: Items
     """The pool of N items."""
     labels: Labels
-    """What is known of their replies."""
+    """Ratings and targets of their replies."""
     splits: Mapping[str, np.ndarray]
     """Indices into the pool for each of ``SPLITS``."""
     counts: dict[str, int]

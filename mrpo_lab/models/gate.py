@@ -69,7 +69,7 @@ class Measured(NamedTuple):
     left: Float[np.ndarray, " n"]
     """All in one batch that is padded on the left."""
     again: Float[np.ndarray, " n"]
-    """By a model that was loaded again, the first item only; elsewhere the same as ``alone``."""
+    """Scores by a model that was loaded a second time, for the first item; ``alone`` elsewhere."""
     counts: Int[np.ndarray, " n"]
     """Number of tokens of each reply."""
     vocabulary: Int[np.ndarray, " n"]

@@ -125,7 +125,7 @@ def _comparisons(table: pd.DataFrame) -> list[str]:
 
 
 def _outcome(rows: pd.DataFrame, p: str) -> str:
-    """Which methods are better and which are worse, by a column of p-values."""
+    """State which methods are better and which are worse, by a column of p-values."""
     clear = rows[rows[p] < LEVEL]
     better = list(clear.loc[clear["difference"] > 0, "method"])
     worse = list(clear.loc[clear["difference"] < 0, "method"])
@@ -135,7 +135,7 @@ def _outcome(rows: pd.DataFrame, p: str) -> str:
 
 
 def _power(rows: pd.DataFrame) -> str:
-    """Which differences could have been found."""
+    """State the smallest differences that these runs could have shown."""
     known = 100 * rows["detectable"].dropna()
     if known.empty:
         return ""

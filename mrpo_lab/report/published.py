@@ -21,7 +21,7 @@ COLUMNS = {
     "posterior_mean": re.compile(r"posterior(?:_mean)?[_/: ](.+)", re.I),
     "test_accuracy": re.compile(r"(?:reference_accuracy|accuracy)[_/: ](.+)", re.I),
 }
-"""What is known of a reference X, with the names of its columns."""
+"""Quantities of a reference X, and the names that their columns may have."""
 SINGLE = {"dpo", "single", "ln-dpo"}
 
 

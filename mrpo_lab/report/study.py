@@ -24,7 +24,7 @@ class Study:
     """All runs of a report: as records, and as a table."""
 
     records: dict[str, RunRecord]
-    """By source."""
+    """Finished runs by the source they were read from."""
     runs: pd.DataFrame
     """One row per run that could be read, indexed by source; ``_row`` lists the columns.
 
@@ -33,7 +33,7 @@ class Study:
     main: dict[str, dict[str, str]]
     """For each data set, the setting that most of its runs share: methods are compared in it."""
     ordered_methods: list[Method]
-    """In the order of figures and tables."""
+    """Methods in the order of figures and tables."""
     missing: pd.DataFrame
     """dataset, method, seed, why: cells of the main setting without a finished run."""
 
