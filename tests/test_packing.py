@@ -28,6 +28,7 @@ from transformers import (
 from whole_logits import VOCABULARY, gradient, slow_score, weighted
 
 from mrpo_lab.data.texts import Replies, TokenRow
+from mrpo_lab.experiment import Experiment
 from mrpo_lab.merging.merged_policies import load_adapters
 from mrpo_lab.models.policy import PolicyConfig
 from mrpo_lab.scoring import attention
@@ -307,7 +308,8 @@ class TestFirstUse:
             policy = replace(source, lora=lora).build(CPU, seed)
             adapters[aspect] = tmp_path / aspect
             policy.model.save_pretrained(adapters[aspect])  # type: ignore[operator]
-        experiment: Any = SimpleNamespace(model=source, workers=SimpleNamespace(device=CPU))
+        experiment = object.__new__(Experiment)  # of which only the model and the device are used
+        vars(experiment).update(model=source, workers=SimpleNamespace(device=CPU))
         source.__dict__["tokenization"] = None  # there are no texts
         policy = load_adapters(experiment, adapters)
         model: Any = policy.model
