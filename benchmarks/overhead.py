@@ -27,6 +27,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from benchmarks.ours import Clock, compose, trainer_of
 from benchmarks.results import Result, report
 from benchmarks.workload import BETA, Workload, measure
+from mrpo_lab.cli import path_argument
 from mrpo_lab.data.rows import parse_item, read_rows
 from mrpo_lab.data.texts import Item, TokenRow
 from mrpo_lab.data.tokenization import Tokenization
@@ -269,7 +270,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--scale", type=int, default=10, help="of a trial of the protocol")
     parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=ROWS)
-    parser.add_argument("--out", type=Path, help="also write all numbers to this JSON file")
+    parser.add_argument(
+        "--out", type=path_argument, help="also write all numbers to this JSON file"
+    )
     return parser.parse_args()
 
 

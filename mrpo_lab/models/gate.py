@@ -19,7 +19,9 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 
-from mrpo_lab.data.texts import Replies
+from mrpo_lab.data.conformance import first_problem
+from mrpo_lab.data.texts import Item, Replies
+from mrpo_lab.data.tokenization import Tokenization
 from mrpo_lab.objective.scores import Scores, chosen_first
 from mrpo_lab.scoring.scorer import ReplyScorer, difference
 
@@ -67,7 +69,7 @@ class Measured(NamedTuple):
     left: Float[np.ndarray, " n"]
     """All in one batch that is padded on the left."""
     again: Float[np.ndarray, " n"]
-    """By a model that was loaded again, the first item only; elsewhere the same as ``alone``."""
+    """Scores by a model that was loaded a second time, for the first item; ``alone`` elsewhere."""
     counts: Int[np.ndarray, " n"]
     """Number of tokens of each reply."""
     vocabulary: Int[np.ndarray, " n"]
@@ -197,3 +199,12 @@ def check_outliers(scores: Mapping[str, Scores], characters: int) -> list[Findin
                     )
                 )
     return findings
+
+
+def check_tokens(
+    slug: str, tokenization: Tokenization, items: Sequence[Item], ids: np.ndarray
+) -> list[Finding]:
+    """Check the token rows of the first ``SAMPLE`` items; see ``data.conformance.check_rows``."""
+    sample = [items[i] for i in range(min(SAMPLE, len(items)))]
+    problem = first_problem(tokenization, sample, ids[: len(sample)])
+    return [Finding(slug, problem)] if problem else []

@@ -19,6 +19,7 @@ from mrpo_lab.models.gate import (
     SAMPLE,
     Finding,
     check_outliers,
+    check_tokens,
     disagreements,
     judge,
     measure,
@@ -32,6 +33,8 @@ from mrpo_lab.storage.tables import Table
 
 logger = logging.getLogger(__name__)
 
+NO_SLUGS = ("step", "undecided_pairs")
+"""Names that files of a run give to something else: a column of ``alpha.parquet``, and a metric."""
 SHARD_ROWS = 256
 """Number of items between two writes to the store, which an interruption can lose."""
 
@@ -42,6 +45,13 @@ class Reference(ModelSource):
 
     slug: str
     """Name of the reference in configuration, metrics and figures."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.slug in NO_SLUGS:
+            raise ValueError(f"slug: {self.slug} is the name of something else in a run's files")
+        if self.slug != self.slug.strip() or not self.slug or not self.slug.isprintable():
+            raise ValueError(f"slug must be text without blanks around it, got {self.slug!r}")
 
     @property
     def name(self) -> str:
@@ -108,6 +118,8 @@ class ReferenceSet:
             raise ValueError("entries is empty: a reference set needs at least one model")
         if len(set(slugs)) < len(slugs):
             raise ValueError(f"entries: slugs must differ, got {slugs}")
+        if self.use is not None and len(set(self.use)) < len(self.use):
+            raise ValueError(f"use: each reference counts once, got {self.use}")
         if self.anchor is not None and self.anchor not in slugs:
             raise ValueError(f"anchor: no entry is called {self.anchor!r}; choose from {slugs}")
         if self.use is not None:
@@ -170,13 +182,15 @@ class ReferenceSet:
             UserError: a model is damaged or cannot be given an item; or a check of the gate failed
                 and ``gate`` is stop.
         """
+        findings: list[Finding] = []
         for reference in self.members:  # all of them before the first is scored
+            findings += check_tokens(reference.slug, reference.tokenization, items, ids)
             stored = reference.stored()
             if not stored.complete(ids):
                 reference.check()
-                stored.say_if_replaced(reference.slug, reference.fingerprint()["weights"])
+                self._take_over(reference, stored, items, ids)
+        self._report(findings)
         scores: dict[str, Scores] = {}
-        findings: list[Finding] = []
         for reference in self.members:
             scores[reference.slug], found = self._score(reference, items, ids, device)
             findings += found
@@ -184,6 +198,21 @@ class ReferenceSet:
         outliers = check_outliers(scores, characters)
         self._report(outliers)
         return ReferenceScores(Scores.stack(list(scores.values())), findings + outliers)
+
+    def _take_over(
+        self, reference: Reference, stored: StoredScores, items: Sequence[Item], ids: np.ndarray
+    ) -> None:
+        """Keep scores that an earlier version stored, where none of its faults can matter: the
+        checkpoint is whole and not quantized by itself, and the prompt has no system message."""
+        if stored.former is None:
+            return
+        own_quantization = reference.quantized and not reference.quantization
+        sound = np.array(
+            [not own_quantization and item.prompt[0]["role"] != "system" for item in items]
+        )
+        stored.take_over(
+            reference.slug, ids, reference.tokenization.lengths(items, ids).reply, sound
+        )
 
     def _score(
         self, reference: Reference, items: Sequence[Item], ids: np.ndarray, device: torch.device

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from mrpo_lab.models.gate import COLUMNS, REPLIES, SAMPLE, Measured
-from mrpo_lab.storage import cache
 from mrpo_lab.storage.tables import NONE, Table
 
 ENOUGH = SAMPLE // 2
@@ -21,9 +18,11 @@ ENOUGH = SAMPLE // 2
 logger = logging.getLogger(__name__)
 
 FORMAT = 2
-"""Version of the stored numbers: increase it when their meaning changes, and give the reason."""
-REASON = "a checkpoint that lacked tensors was filled at random and scored all the same"
-"""Why scores of earlier formats are not used."""
+"""Version of the stored numbers: increase it when their meaning changes."""
+REASON = "they have a system message or other tokens now, or the checkpoint was misread"
+"""Why scores of format 1 are computed again. Checkpoints that lacked tensors were filled at random,
+quantized ones read as raw integers, and system messages lost or made part of the reply."""
+SCORES = {"sums": "f8", "counts": "i8"}
 
 
 @dataclass(frozen=True)
@@ -33,6 +32,8 @@ class StoredScores:
     scores: Table
     gate: Table
     """Rows of ``Measured``, for the replies that the gate was given."""
+    former: Table | None = None
+    """Scores of format 1, if there are any."""
 
     @classmethod
     def open(cls, slug: str, key: Mapping[str, Any]) -> StoredScores:
@@ -41,9 +42,10 @@ class StoredScores:
         Args:
             key: everything that the numbers depend on besides the texts.
         """
+        former = Table.find("scores", {**key, "format": 1}, SCORES)
         key = {**key, "format": FORMAT}
-        scores = Table.open("scores", slug, key, {"sums": "f8", "counts": "i8"})
-        return cls(scores, Table.open("gate", slug, key, COLUMNS))
+        scores = Table.open("scores", slug, key, SCORES)
+        return cls(scores, Table.open("gate", slug, key, COLUMNS), former)
 
     def missing(self, ids: np.ndarray) -> list[int]:
         """Indices of the items that lack scores. ``ids`` is (N, R), as in all methods."""
@@ -77,11 +79,21 @@ class StoredScores:
         sample = ids[list(items), :REPLIES]
         self.gate.append(sample[sample != NONE], measured._asdict())
 
-    def say_if_replaced(self, slug: str, weights: str) -> None:
-        """Log that scores of these weights exist in an earlier format, if so."""
-        for file in (cache.root() / "scores").glob("*/key.json"):
-            with suppress(OSError, ValueError):
-                key = json.loads(file.read_text())
-                if key.get("weights") == weights and key.get("format", FORMAT) < FORMAT:
-                    logger.info("%s: scores stored earlier are computed again: %s", slug, REASON)
-                    return
+    def take_over(self, slug: str, ids: np.ndarray, counts: np.ndarray, sound: np.ndarray) -> None:
+        """Copy scores of format 1 that are right beyond doubt, and log what is computed again.
+
+        Args:
+            counts: (N, R) numbers of reply tokens today; scores of other numbers are not taken.
+            sound: (N,) whether an item's scores could be right in format 1.
+        """
+        if self.former is None or not self.missing(ids):
+            return
+        missing = np.array(self.missing(ids))
+        values, found = self.former.read(ids[missing])
+        same = (values["counts"] == counts[missing]) | (ids[missing] == NONE)
+        right = found.all(-1) & same.all(-1) & sound[missing]
+        if right.any():
+            taken = {name: column[right] for name, column in values.items()}
+            self.scores.append(ids[missing[right]], taken)
+        if again := int((found.all(-1) & ~right).sum()):
+            logger.info("%s: scores of %d items are computed again: %s", slug, again, REASON)

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -32,8 +30,9 @@ from mrpo_lab.models.loading import (
 )
 from mrpo_lab.scoring.kernels import KERNELS, fuse
 from mrpo_lab.scoring.limits import check_rows, max_positions
-from mrpo_lab.storage import cache, hub
-from mrpo_lab.storage.files import write_whole
+from mrpo_lab.storage import hub
+from mrpo_lab.storage.contents import content_hash
+from mrpo_lab.storage.files import local_path
 
 # transformers shows a bar for every model loaded or saved. Downloads keep theirs.
 disable_progress_bar()
@@ -223,13 +222,14 @@ def locate(path: str, revision: str | None = None) -> Path:
     """
     if path.startswith("embedded:"):
         return embedded.folder(path.removeprefix("embedded:"))
-    local = Path(path).expanduser()
+    local = local_path(path)
     if local.is_dir():
         return local
     if path.startswith(("/", ".", "~")) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path):
         raise UserError(f"there is no model folder {path}")
-    mirror = Path(os.environ.get("MRPO_LAB_MODELS", "")) / path
-    if "MRPO_LAB_MODELS" in os.environ and mirror.is_dir():
+    if (models := os.environ.get("MRPO_LAB_MODELS", "").strip()) and (
+        mirror := local_path(models) / path
+    ).is_dir():
         return mirror
     return hub.snapshot(path, revision)
 
@@ -248,25 +248,5 @@ def weights_hash(folder: Path) -> str:
     others = [folder / name for name in CONFIGURATIONS]
     for file in [*files, *others, *sorted(folder.glob("*.py"))]:
         if file.is_file():
-            digest.update(f"{file.name}\0{_content_hash(file)}\0".encode())
+            digest.update(f"{file.name}\0{content_hash(file)}\0".encode())
     return digest.hexdigest()
-
-
-def _content_hash(file: Path) -> str:
-    """sha256 of a file, kept in the cache for as long as the file's size and time stay the same."""
-    real = file.resolve()
-    if re.fullmatch(r"[0-9a-f]{64}", real.name):
-        return real.name  # the hub's cache names large files by their sha256
-    stat = real.stat()
-    stamp = [str(real), stat.st_size, stat.st_mtime_ns]
-    memo = cache.root() / "hashes" / f"{hashlib.sha256(str(real).encode()).hexdigest()[:24]}.json"
-    with suppress(OSError, ValueError):
-        known = json.loads(memo.read_text())
-        if known["stamp"] == stamp:
-            return str(known["sha256"])
-    with real.open("rb") as content:
-        sha256 = hashlib.file_digest(content, "sha256").hexdigest()
-    with suppress(OSError):  # without it the file is only hashed again
-        memo.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(memo, json.dumps({"stamp": stamp, "sha256": sha256}).encode())
-    return sha256

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-SCHEDULES = ("constant", "linear", "cosine")
+from mrpo_lab.training.schedule import SCHEDULES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +40,7 @@ class TrainConfig:
             "epochs",
             "checkpoint_every",
             "token_budget",
+            "sample_tokens",
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import get_scheduler
 
 from mrpo_lab.errors import UserError
 from mrpo_lab.models.policy import Policy
@@ -30,6 +29,7 @@ from mrpo_lab.training.inputs import Batch, Data
 from mrpo_lab.training.interruption import Interruption
 from mrpo_lab.training.metrics import batch_metrics
 from mrpo_lab.training.recorder import Recorder
+from mrpo_lab.training.schedule import learning_rate_factor
 from mrpo_lab.training.state import LoopState
 from mrpo_lab.training.state_file import load_state, save_state
 from mrpo_lab.training.workers import Workers
@@ -62,13 +62,14 @@ class Trainer:
         self.optimizer = optimizer(list(policy.trainable.values()))
         self.steps_per_epoch = -(-len(data.train) // config.batch_size)
         self.total_steps = self.steps_per_epoch * config.epochs
-        self.scheduler = get_scheduler(
-            f"{config.schedule}_with_warmup" if config.schedule == "constant" else config.schedule,
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer,
-            num_warmup_steps=config.warmup_steps,
-            num_training_steps=self.total_steps,
+            lambda step: learning_rate_factor(
+                step, config.schedule, config.warmup_steps, self.total_steps
+            ),
         )
-        spread = np.linspace(0, self.total_steps, config.evaluations + 1)[1:].round().astype(int)
+        evaluations = min(config.evaluations, self.total_steps)  # more than one a step are the same
+        spread = np.linspace(0, self.total_steps, evaluations + 1)[1:].round().astype(int)
         self.evaluation_steps = {*spread.tolist(), self.total_steps}
         self.state = LoopState(alpha_sum=[0.0] * len(data.slugs))
         mean_lambda = sampler.mean_lambda(data.labels.aspects)
@@ -166,7 +167,7 @@ class Trainer:
         slugs, accuracy = self.data.slugs, float(policy.accuracy(target))
         metrics = batch_metrics(self.loss, scores, batch.refs, alpha, target, slugs, accuracy)
         metrics["train/grad_norm"] = self.gradient_norm(batch)
-        metrics["train/lr"] = self.scheduler.get_last_lr()[0]
+        metrics["train/lr"] = float(self.scheduler.get_last_lr()[0])
         self.optimizer.step()
         self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -308,7 +309,8 @@ class Trainer:
     def save(self) -> None:
         """Write the checkpoint: everything that must survive, in one file."""
         if self.workers.is_main:
-            save_state(self.recorder.run.checkpoint, self.state_dict())
+            with self.recorder.run.writing():
+                save_state(self.recorder.run.checkpoint, self.state_dict())
         self.recorder.write_alpha(self.data.slugs)
         self.workers.wait()
 
