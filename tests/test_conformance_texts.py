@@ -240,7 +240,7 @@ def test_a_token_that_holds_the_end_of_a_message_refuses_the_item(tiny7_dir: Pat
     [
         (
             "{%- for m in messages if m['role'] == 'user' %}" + CHATML + END,
-            "does not print the text of a reply",
+            "does not print the text of replies",
         ),
         (EACH + "{{- m['content'] + tools | length | string }}" + END, "TypeError: .*NoneType"),
         (EACH + "{{- 1 // 0 }}" + END, "ZeroDivisionError"),

@@ -146,8 +146,8 @@ class ChatFormat:
             return None
         if reply not in whole:
             raise UserError(
-                f"{self.name}: the chat template does not print the text of a reply ({self.origin}): "
-                "give another, template=plain, template=chatml or template=FILE.jinja"
+                f"{self.name}: the chat template does not print the text of replies "
+                f"({self.origin}): give another, template=plain, template=chatml or template=FILE.jinja"
             )
         return closing
 
