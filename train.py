@@ -25,8 +25,8 @@ def train(cfg: DictConfig) -> float:
     hydra_config = HydraConfig.get()
     overrides = OmegaConf.to_container(hydra_config.overrides.task, resolve=False)
     assert isinstance(overrides, list)
-    name = run_name(str(cfg.name), hydra_config.runtime.choices, overrides)
     try:
+        name = run_name(str(cfg.get("name")), hydra_config.runtime.choices, overrides)
         return float(run_experiment(cfg, name)["val/accuracy"])
     except UserError as error:
         fail(str(error))

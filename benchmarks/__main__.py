@@ -11,11 +11,11 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from importlib import resources
-from pathlib import Path
 from typing import Any
 
 from benchmarks.results import print_table, surroundings
 from benchmarks.workload import Workload, measure
+from mrpo_lab.cli import path_argument
 
 TOKENS = {"float32": 512, "bfloat16": 1536}
 """Number of tokens in a forward pass of this project. More are up to 7 % faster and take more
@@ -104,7 +104,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=8, help="pairs an optimizer step")
     parser.add_argument("--steps", type=int, default=3, help="timed, after one that is not")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--out", type=Path, help="also write all numbers to this JSON file")
+    parser.add_argument(
+        "--out", type=path_argument, help="also write all numbers to this JSON file"
+    )
     return parser.parse_args()
 
 

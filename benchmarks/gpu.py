@@ -20,6 +20,7 @@ from transformers import PreTrainedConfig
 from benchmarks.results import Result, report
 from benchmarks.synthetic_models import LLAMA_8B, PROFILES, QWEN_HALF_B, Profile, toy, write_model
 from benchmarks.workload import Workload, forget_peak, measure
+from mrpo_lab.cli import path_argument
 
 ROWS = {"lora": None, "qlora": "nf4", "scoring": None}
 """What can be measured, and the quantization of its weights."""
@@ -117,7 +118,9 @@ def main(arguments: list[str] | None = None) -> list[Result]:
     parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=ROWS)
     parser.add_argument("--profiles", nargs="+", default=names, choices=names)
     parser.add_argument("--toy", action="store_true", help="a small size on the CPU: for its test")
-    parser.add_argument("--out", type=Path, default=Path("outputs/gpu.json"), help="%(default)s")
+    parser.add_argument(
+        "--out", type=path_argument, default=Path("outputs/gpu.json"), help="%(default)s"
+    )
     options = parser.parse_args(arguments)
     if not options.toy and not torch.cuda.is_available():
         raise SystemExit("benchmarks.gpu: there is no GPU here")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from hydra.core.utils import JobReturn
@@ -19,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from mrpo_lab.cli import fail
 from mrpo_lab.errors import UserError
+from mrpo_lab.storage.files import local_path
 
 
 @contextmanager
@@ -83,7 +83,7 @@ class _DispatchLauncher(Launcher):
         with print_user_error():
             launch(
                 name=str(config.hydra.runtime.choices.get("sweep") or config.name),
-                outputs=Path(config.outputs),
+                outputs=local_path(config.outputs),
                 overrides=[list(overrides) for overrides in job_overrides],
                 composer=Composer(self.loader, config),
                 profile={str(key): value for key, value in profile.items()},

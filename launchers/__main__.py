@@ -15,7 +15,7 @@ from launchers.queues import cancel, queue
 from launchers.sweep import Sweep, dispatch_lock, find_sweeps
 from launchers.sync import sync
 from launchers.watching import show_status, watch
-from mrpo_lab.cli import exit_on_user_error, near
+from mrpo_lab.cli import exit_on_user_error, near, path_argument
 from mrpo_lab.console import show
 from mrpo_lab.errors import UserError
 from mrpo_lab.wording import format_count
@@ -91,7 +91,9 @@ def upload(args: argparse.Namespace) -> int:
 
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="python -m launchers", description=__doc__)
-    top.add_argument("--outputs", type=Path, default=Path("outputs"), help="folder of the runs")
+    top.add_argument(
+        "--outputs", type=path_argument, default=Path("outputs"), help="folder of the runs"
+    )
     verbs = top.add_subparsers(required=True, metavar="VERB")
 
     def verb(name: str, function: Verb, text: str) -> argparse.ArgumentParser:

@@ -20,7 +20,8 @@ from launchers.watching import watch
 from mrpo_lab.console import show
 from mrpo_lab.errors import UserError
 from mrpo_lab.runs.identity import difference
-from mrpo_lab.runs.reading import finished
+from mrpo_lab.runs.inputs import changed_inputs
+from mrpo_lab.runs.reading import RunView, finished
 from mrpo_lab.wording import format_count
 
 
@@ -71,6 +72,7 @@ def extend_plan(
                 "give them names of their own, name=NAME"
             )
         asked[name] = each
+    refuse_other_inputs(sweep, list(asked))
     changed = [name for name in asked if plan.runs.get(name, {}).get("conf") != conf]
     refuse_other_results(sweep, {name: asked[name] for name in changed}, composer)
     for name, each in asked.items():
@@ -82,6 +84,20 @@ def extend_plan(
     composer.snapshot(sweep.folder / "conf")
     sweep.write_plan(plan)
     return list(asked)
+
+
+def refuse_other_inputs(sweep: Sweep, names: Sequence[str]) -> None:
+    """Refuse the sweep if a run is finished that was made from other local files than today's.
+
+    Raises:
+        UserError: names the first such file and run.
+    """
+    for name in names:
+        folder = sweep.outputs / name
+        if finished(folder) and (changed := changed_inputs(folder, RunView(folder).config)):
+            raise UserError(
+                f"{changed[0]}: give this sweep a name of its own, name=NAME, or delete its folders"
+            )
 
 
 def refuse_other_results(

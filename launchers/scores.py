@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from mrpo_lab.storage import cache
-from mrpo_lab.storage.files import write_whole
+from mrpo_lab.storage.files import local_path, write_whole
 
 TOKENIZED_BY = ("path", "revision", "template", "trust_remote_code")
 """Keys of ``model`` that decide how texts are tokenized, and thereby which pairs are kept."""
@@ -68,8 +68,9 @@ def scored_marker(key: str) -> Path:
 def write_scored_marker(key: str, slug: str, pairs: int) -> None:
     """Record that a reference has scored ``pairs`` pairs under this key."""
     marker = scored_marker(key)
-    marker.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(marker, json.dumps({"slug": slug, "pairs": pairs}).encode())
+    with cache.writing():
+        marker.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(marker, json.dumps({"slug": slug, "pairs": pairs}).encode())
 
 
 def billions_of_parameters(slug: str, path: str, known: Mapping[str, float]) -> float:
@@ -82,7 +83,7 @@ def billions_of_parameters(slug: str, path: str, known: Mapping[str, float]) -> 
         return float(known[slug])
     if path.startswith("embedded:"):
         return 0.2
-    files = list(Path(path).expanduser().glob("*.safetensors"))
+    files = list(local_path(path).glob("*.safetensors"))
     if files:
         return sum(file.stat().st_size for file in files) / 2e9  # 16-bit weights, as a rule
     named = re.findall(r"(?<![\w.])(\d+(?:\.\d+)?)[bB](?![a-zA-Z])", path.replace("-", " "))
@@ -91,9 +92,9 @@ def billions_of_parameters(slug: str, path: str, known: Mapping[str, float]) -> 
 
 def _stamp(path: Any) -> list[list[Any]]:
     """Size and modification time of each file of a local data set; empty for one of the hub."""
-    if not isinstance(path, str) or not Path(path).expanduser().exists():
+    if not isinstance(path, str) or not local_path(path).exists():
         return []
-    place = Path(path).expanduser()
+    place = local_path(path)
     files = sorted(f for f in place.rglob("*") if f.is_file()) if place.is_dir() else [place]
     return [[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in files]
 

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import os
 import re
+import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import wraps
+from pathlib import Path
 from typing import ParamSpec
 
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from mrpo_lab.errors import UserError
 from mrpo_lab.progress import quiet_libraries
+from mrpo_lab.storage.files import local_path
 
 Parameters = ParamSpec("Parameters")
+
+# Hydra makes folders before this project sees the configuration: conf/config.yaml names them so.
+OmegaConf.register_new_resolver("local_path", lambda text: str(local_path(text)), replace=True)
 
 GRACE = 20.0
 """Seconds for the main process to close a failed run before another process exits."""
@@ -49,7 +56,7 @@ def run_cli(hydra_main: Callable[[], object]) -> None:
     except OSError as error:
         if error.filename is None:
             raise
-        fail(f"{error.filename}: {error.strerror}")
+        fail(unreadable(error))
         sys.exit(2)
     except KeyboardInterrupt:
         fail("interrupted: the same command goes on from the last checkpoint")
@@ -59,7 +66,8 @@ def run_cli(hydra_main: Callable[[], object]) -> None:
 def exit_on_user_error(main: Callable[Parameters, int]) -> Callable[Parameters, int]:
     """Decorate a program's main function, which returns the exit code.
 
-    A ``UserError`` is printed as one line on stderr and becomes exit code 2; Ctrl-C becomes 130.
+    A ``UserError``, and a file that cannot be read or written, is printed as one line on stderr and
+    becomes exit code 2; Ctrl-C becomes 130.
     """
 
     @wraps(main)
@@ -68,6 +76,11 @@ def exit_on_user_error(main: Callable[Parameters, int]) -> Callable[Parameters, 
             return main(*args, **kwargs)
         except UserError as error:
             fail(str(error))
+            return 2
+        except OSError as error:
+            if error.filename is None:
+                raise
+            fail(unreadable(error))
             return 2
         except KeyboardInterrupt:
             return 130
@@ -86,6 +99,23 @@ def fail(message: str) -> None:
     print(f"error: {message}", file=sys.stderr, flush=True)
 
 
+def unreadable(error: OSError) -> str:
+    """One line for a file that cannot be read or written."""
+    return f"{error.filename}: {error.strerror}"
+
+
+def path_argument(text: str) -> Path:
+    """A path on the command line, for argparse: ``~`` is the home folder.
+
+    Raises:
+        argparse.ArgumentTypeError: the text is empty.
+    """
+    try:
+        return local_path(text)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
 def named_seed(argument: str) -> str:
     """Rewrite ``seed=0,1`` to ``seed=s0,s1``: Hydra refuses integers as names of options."""
     key, _, value = argument.partition("=")
@@ -101,10 +131,12 @@ def explain(error: Exception) -> str:
         group, _, option = wanted.rpartition("/")
         return f"{group}={option}: no such option{near(option, error.options)}"
     if ambiguous := re.match("Ambiguous value for argument '(.+)'", str(error)):
-        return f"{ambiguous[1]}: several values; to run each of them, begin with -m"
+        return (
+            f"{ambiguous[1]}: several values; to run each of them, begin with -m; "
+            f"if it is one value, {quoting_advice(ambiguous[1])}"
+        )
     if isinstance(error, OverrideParseException):
-        lines = [line for line in str(error).splitlines() if re.match(r"(?!See )\w", line)]
-        return f"{error.override}: cannot be read as key=value: {lines[-1]}"
+        return f"{error.override}: cannot be read as key=value: {quoting_advice(error.override)}"
     cause = error.__cause__
     if isinstance(cause, (ConfigKeyError, ConfigAttributeError)):
         # Hydra suggests +key, which adds a second key beside the one that was meant.
@@ -114,6 +146,21 @@ def explain(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines()]
     kept = [line for line in lines if line and not line.startswith(("full_key", "object_type"))]
     return " ".join(dict.fromkeys(kept))
+
+
+def quoting_advice(override: str) -> str:
+    """How to write an override whose value has characters that Hydra's grammar gives a meaning."""
+    key, equals, value = override.partition("=")
+    if not equals:
+        return f"give a value, {key}=VALUE"
+    if not re.fullmatch(r"[+~]*[\w./@-]+", key):
+        return "a key has only letters, digits and the characters _ . / @ -"
+    if value.startswith(("[", "{")):
+        return f"quote the texts in it, as in '{key}={value[0]}\"...\" ...', and close all brackets"
+    # In Hydra's quotes, backslashes count only before a quote.
+    escaped = re.sub(r'(\\*)("|$)', lambda m: 2 * m[1] + ('\\"' if m[2] else ""), value)
+    quoted = f'{key}="{escaped}"'
+    return f"quote the value, as in {shlex.quote(quoted)}"
 
 
 def near(word: str, options: Sequence[str]) -> str:

@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,9 +26,11 @@ from mrpo_lab.objective.scores import Scores
 from mrpo_lab.objective.units import ReplyLengths, in_unit
 from mrpo_lab.objective.weighting import Weighting
 from mrpo_lab.runs.folder import Run
+from mrpo_lab.runs.inputs import local_inputs
 from mrpo_lab.runs.summary import print_summary
 from mrpo_lab.runs.tracking import LocalTracker, Tracker
 from mrpo_lab.seeding import Seeds
+from mrpo_lab.storage.files import local_path
 from mrpo_lab.storage.hub import NotAtHandError, missing
 from mrpo_lab.training.config import TrainConfig
 from mrpo_lab.training.inputs import Data, PolicyTokens
@@ -54,12 +55,14 @@ def run_experiment(
         UserError: something that the user can fix, in one line.
     """
     resolved = configs.check(cfg)
-    run = Run.open(Path(cfg.outputs), name, resolved)
+    run = Run.open(local_path(cfg.outputs), name, resolved)
+    run.check_inputs()
     if run.result:
         print_summary(run.folder, run.result)
         return run.result
     workers = Workers.start()
     with run.locked() if workers.is_main else nullcontext():
+        run.inputs = local_inputs(resolved) if workers.is_main else {}
         experiment = Experiment.build(cfg, workers)
         recorder = Recorder(run, experiment.tracker, resolved, active=workers.is_main)
         result = experiment.train(recorder, interruption)
@@ -77,6 +80,8 @@ def score_reference(cfg: DictConfig, slug: str) -> int:
     """
     configs.check(cfg)
     experiment = Experiment.build(cfg, Workers.start())
+    with named("tracker"):  # the runs that wait for these scores would be refused
+        experiment.tracker.check()
     prepared = experiment.prepare()
     alone = replace(experiment.references, use=[slug])
     alone.scores(prepared.items, prepared.ids, experiment.workers.device)
@@ -134,6 +139,8 @@ class Experiment:
     def train(self, recorder: Recorder, interruption: Interruption | None = None) -> dict[str, Any]:
         """Prepare the data, score the references, train the policy, and record the result."""
         began = time.monotonic()
+        with named("tracker"):
+            self.tracker.check()
         prepared = self.prepare()
         if self.threads is not None:  # only from here on: building tiny7 uses all cores
             torch.set_num_threads(self.threads)
@@ -201,9 +208,15 @@ class Experiment:
                 model.fetch()
         if absent:
             raise UserError(missing(absent))
+        for model in models:
+            model.check_files()
+        self.workers.main_first(self.model.check)
         distinct = {str(m.tokenization.key): m.tokenization for m in models}
+        positions = min((m.positions for m in models if m.positions), default=None)
         prepared = self.workers.main_first(
-            lambda: self.dataset.prepare(items, list(distinct.values()), self.seeds.rng("split"))
+            lambda: self.dataset.prepare(
+                items, list(distinct.values()), self.seeds.rng("split"), positions
+            )
         )
         if self.workers.is_main:
             logger.info("data: %s", describe(prepared.counts))

@@ -47,7 +47,7 @@ TYPOS: dict[str, tuple[list[str], str]] = {
     "group": (["weihgting=vaw"], "weihgting: no such key, did you mean weighting? choose from"),
     "added key": (
         ["+loss.btea=1"],
-        "loss.btea: unknown; mrpo_lab.objective.losses.PreferenceLoss takes",
+        "loss.btea: unknown; mrpo_lab.PreferenceLoss takes",
     ),
     "below a leaf": (["train.epochs.x=1"], "train.epochs.x: no such key"),
     "no value": (["loss.beta"], "loss.beta: cannot be read as key=value: "),
@@ -90,7 +90,7 @@ TYPOS: dict[str, tuple[list[str], str]] = {
     "look-alike": (["loss._target_=mrpo_labs.x"], "loss: _target_ mrpo_labs.x is outside"),
     "absent": (
         ["loss.combine._target_=mrpo_lab.objective.losses.nope"],
-        "loss.combine: _target_ mrpo_lab.lo",
+        "loss.combine: _target_ mrpo_lab.objective.losses.nope cannot be imported",
     ),
     # values that do not fit one another
     "not given": (["weighting=fixed"], "weighting.weights: required, give weighting.weights=VALUE"),

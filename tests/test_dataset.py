@@ -257,6 +257,18 @@ class TestOddities:
         trained = {texts(prepared)[i][0] for i in prepared.splits["train"]}
         tested = [texts(prepared)[i][0] for i in prepared.splits["test"]]
         assert prepared.counts["test_prompts_in_train"] == sum(p in trained for p in tested) > 0
+        assert prepared.counts["test_pairs_in_train"] == 0
+
+    def test_test_pairs_that_are_trained_on(self, tokenizers: list[Tokenization]) -> None:
+        """One prompt, and a third of the pairs is there twice."""
+        pairs = [("q", f"good {i % 40}", f"bad {i % 40}") for i in range(60)]
+        data = dataset(pairs, val=0.1, test=0.3, drop_duplicates=False)
+        prepared = prepare(data, tokenizers, seed=3)
+        trained = {texts(prepared)[i] for i in prepared.splits["train"]}
+        tested = [texts(prepared)[i] for i in prepared.splits["test"]]
+        shared = sum(pair in trained for pair in tested)
+        assert prepared.counts["test_pairs_in_train"] == shared > 0
+        assert prepared.counts["test_prompts_in_train"] == len(tested) > shared
 
     @pytest.mark.parametrize("identical", [True, False])
     def test_replies_that_a_template_makes_the_same(
@@ -278,7 +290,7 @@ class TestOddities:
         keeping = prepare(data, tokenizers[:2])
         assert keeping.counts["identical_after_template"] == 0
 
-    def test_test_pairs_that_are_trained_on(self, tokenizers: list[Tokenization]) -> None:
+    def test_splitting_by_prompt_leaks_nothing(self, tokenizers: list[Tokenization]) -> None:
         pairs = [(f"q{i % 20}", f"good {i % 30}", f"bad {i % 30}") for i in range(90)]
         prepared = prepare(dataset(pairs, val=0.1, test=0.3, drop_duplicates=False), tokenizers)
         trained, tested = (

@@ -3,12 +3,12 @@
 import logging
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from harness import TINY, compose
 from hypothesis import given
 from hypothesis import strategies as st
 from test_scoring import CONFIGS, GROUPED, SPECIAL, build, random_model
@@ -28,6 +28,7 @@ from transformers import (
 from whole_logits import VOCABULARY, gradient, slow_score, weighted
 
 from mrpo_lab.data.texts import Replies, TokenRow
+from mrpo_lab.experiment import Experiment
 from mrpo_lab.merging.merged_policies import load_adapters
 from mrpo_lab.models.policy import PolicyConfig
 from mrpo_lab.scoring import attention
@@ -41,6 +42,7 @@ from mrpo_lab.scoring.packing import (
     shared_tokens,
 )
 from mrpo_lab.scoring.scorer import ReplyScorer
+from mrpo_lab.training.workers import Workers
 
 CPU = torch.device("cpu")
 LINEAR: dict[str, Any] = {
@@ -307,8 +309,7 @@ class TestFirstUse:
             policy = replace(source, lora=lora).build(CPU, seed)
             adapters[aspect] = tmp_path / aspect
             policy.model.save_pretrained(adapters[aspect])  # type: ignore[operator]
-        experiment: Any = SimpleNamespace(model=source, workers=SimpleNamespace(device=CPU))
-        source.__dict__["tokenization"] = None  # there are no texts
+        experiment = replace(Experiment.build(compose(*TINY), Workers(0, 1, CPU)), model=source)
         policy = load_adapters(experiment, adapters)
         model: Any = policy.model
         model.add_weighted_adapter(list(adapters), [0.4, 0.6], "both", combination_type="linear")

@@ -82,7 +82,7 @@ SIDES: tuple[Side, ...] = ("right", "left")
 
 
 def build(model: Any) -> Any:
-    """``model`` with random weights, larger than an initialisation, so that mistakes show."""
+    """``model`` with random weights, larger than an initialization, so that mistakes show."""
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         if parameter.ndim > 1:
@@ -204,6 +204,7 @@ class TestMemory:
         weighted(scorer.padded_logps(rows)[0]).backward()
         # 10 + 2 + 11 positions, forward and again for the backward pass.
         assert sorted(shapes) == sorted([(5, VOCABULARY)] * 8 + [(3, VOCABULARY)] * 2)
+        scorer.costs([tuple(rows)])  # the first use compares packed with padded rows
         shapes.clear()
         scorer.score([tuple(rows)], token_budget=10**6)
         assert sorted(shapes) == sorted([(5, VOCABULARY)] * 4 + [(3, VOCABULARY)])

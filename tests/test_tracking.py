@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import wandb
@@ -11,6 +12,7 @@ import wandb_files
 import yaml
 from harness import TINY, read_json, train_py
 
+from mrpo_lab.data.dataset import Dataset
 from mrpo_lab.runs.tracking import LocalTracker, WandbTracker, wandb_mode
 
 pytest_plugins = ("surroundings",)
@@ -153,4 +155,40 @@ def test_trackers_that_keep_nothing_leave_nothing(
         tracker.start(tmp_path, "run", {}, [{"step": 0, "loss": 1.0}])
         tracker.log(1, {"loss": 0.5})
         tracker.finish({"status": "finished"})
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"), [("WANDB_MODE", "disabled"), ("WANDB_DISABLED", "true")]
+)
+def test_run_with_wandb_disabled_ends_as_one_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str, value: str
+) -> None:
+    monkeypatch.setenv(variable, value)
+    outcome = train_py(*TINY, "tracker=wandb", f"outputs={tmp_path}")
+    assert outcome.code == 0, outcome.err
+    assert "result.json" in outcome.out.splitlines()[-1]
+    assert not list(tmp_path.rglob("wandb"))
+
+
+@pytest.mark.parametrize(
+    ("environment", "said"),
+    [
+        ({"WANDB_MODE": "DISABLED"}, "tracker: WANDB_MODE is 'DISABLED': choose from online"),
+        ({"WANDB_MODE": "online"}, "tracker: W&B cannot be used: "),
+        ({"WANDB_MODE": "run"}, "tracker: W&B cannot be used: "),
+        ({"WANDB_MODE": "online", "WANDB_API_KEY": "short"}, "tracker: W&B cannot be used: "),
+        ({"WANDB_BASE_URL": "no server"}, "tracker: W&B refuses "),
+        ({"WANDB_CONSOLE": "x"}, "tracker: W&B refuses the setting "),
+    ],
+)
+def test_unusable_wandb_is_refused_before_data_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], said: str
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with mock.patch.object(Dataset, "read", side_effect=AssertionError):
+        outcome = train_py(*TINY, "tracker=wandb", f"outputs={tmp_path}")
+    assert outcome.code == 2, outcome
+    assert outcome.error.startswith(f"error: {said}")
     assert list(tmp_path.iterdir()) == []

@@ -16,6 +16,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from mrpo_lab.data.texts import Item, Message, TokenRow
 from mrpo_lab.errors import UserError, first_line
+from mrpo_lab.storage.files import local_path
 
 FROZEN_DATE = "26 Jul 2024"
 """Date shown by templates that print today's date: scores must not depend on the current day."""
@@ -297,7 +298,7 @@ def template_source(name: str, template: str) -> str:
     shipped = resources.files("mrpo_lab") / "templates" / f"{template}.jinja"
     if shipped.is_file():
         return shipped.read_text(encoding="utf-8")
-    file = Path(template).expanduser()
+    file = local_path(template)
     if not file.is_file():
         raise UserError(f"{name}: template {template!r} is neither plain, chatml nor a file")
     try:

@@ -9,8 +9,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
+
 from mrpo_lab.data.chat import BORDER, THOUGHTS, ChatFormat, squeeze
 from mrpo_lab.data.texts import Item, Message, TokenRow
+from mrpo_lab.data.tokenization import Tokenization
+from mrpo_lab.storage.tables import NONE, Table
+
+VERSION = 1
+"""Version of the checks: increase it when they find more or less."""
 
 WORDS = ("zebra", "quartz", "violin", "pumpkin", "harbor", "jigsaw", "walnut", "cobweb", "oxygen")
 """Contents of the messages of a specimen: no template prints them by itself."""
@@ -46,6 +53,31 @@ def check_rows(
     return list(dict.fromkeys(problems))
 
 
+def first_problem(tokenization: Tokenization, items: Sequence[Item], ids: np.ndarray) -> str | None:
+    """Describe the first mistake in the token rows of ``items``; None if there is none.
+
+    See ``check_rows``.
+
+    What was found is stored per reply, so that items that were checked before need no tokenizer.
+
+    Args:
+        ids: (N, R), from ``reply_ids(items)``.
+    """
+    key = {"text": tokenization.key, "version": VERSION}
+    table = Table.open("conformance", tokenization.name, key, {"conforms": "i1"})
+    known, found = table.read(ids)
+    right = ((known["conforms"] == 1) | (ids == NONE)).all(-1)
+    if found.all() and right.all():
+        return None
+    problems: list[str] = []
+    for n in np.flatnonzero(~(found.all(-1) & right)).tolist():
+        (rows,) = tokenization.rows([items[n]])
+        here = check_rows(tokenization.format, [items[n]], [rows or ()])
+        table.append(ids[[n]], {"conforms": np.full((1, ids.shape[1]), not here, dtype=np.int8)})
+        problems += here
+    return problems[0] if problems else None
+
+
 class _Around(NamedTuple):
     """What the template prints around any reply to a conversation of some roles."""
 
@@ -56,7 +88,7 @@ class _Around(NamedTuple):
 
 
 def _specimen(chat: ChatFormat, roles: Sequence[str]) -> _Around | str:
-    """What is around the reply in a specimen, or which of its words is not in its place."""
+    """Text around the reply in a specimen, or a description of what is out of place."""
     words = [WORDS[i % len(WORDS)] + chr(97 + i // len(WORDS)) for i in range(len(roles) + 1)]
     prompt = tuple({"role": r, "content": word} for r, word in zip(roles, words, strict=False))
     (rows,) = chat.rows([Item(prompt, (words[-1],))])
@@ -77,7 +109,7 @@ def _specimen(chat: ChatFormat, roles: Sequence[str]) -> _Around | str:
 def _problem(
     chat: ChatFormat, prompt: Sequence[Message], reply: str, row: TokenRow, specimen: _Around
 ) -> str | None:
-    """What is wrong with one row, if anything is."""
+    """Describe the mistake in one token row; None if there is none."""
     asked, told = _decoded(chat, row)
     for message in prompt:
         if not any(text in _plain(asked) for text in _forms(chat, message["content"])):

@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import inf
 
 import numpy as np
 
@@ -28,7 +29,7 @@ class Prepared:
     items: Items
     """The pool of N items."""
     labels: Labels
-    """What is known of their replies."""
+    """Ratings and targets of their replies."""
     splits: Mapping[str, np.ndarray]
     """Indices into the pool for each of ``SPLITS``."""
     counts: dict[str, int]
@@ -77,10 +78,14 @@ class Dataset(ABC):
     def __post_init__(self) -> None:
         sizes = {"train": self.train, "val": self.val, "test": self.test}
         for name, size in sizes.items():
-            if size is not None and (size <= 0 or (size > 1 and size != int(size))):
+            if size is not None and not (0 < size < 1 or (1 <= size < inf and size == int(size))):
                 raise ValueError(f"{name} must be a number of pairs or a share, got {size}")
         if self.pool is not None and self.pool < 3:
             raise ValueError(f"pool must be null or at least 3, got {self.pool}")
+        if not 0 <= self.pool_seed < 2**32:
+            raise ValueError(
+                f"pool_seed must be 0 or more and below 2 to the power of 32, got {self.pool_seed}"
+            )
         if not 0 <= self.min_percentile < 50:
             raise ValueError(f"min_percentile must be in [0, 50), got {self.min_percentile}")
         if self.max_tokens < 2:
@@ -112,13 +117,18 @@ class Dataset(ABC):
         return Labels.of_pairs(len(items))
 
     def prepare(
-        self, items: Sequence[Item], tokenizers: Sequence[Tokenization], rng: np.random.Generator
+        self,
+        items: Sequence[Item],
+        tokenizers: Sequence[Tokenization],
+        rng: np.random.Generator,
+        positions: int | None = None,
     ) -> Prepared:
         """Filter the items, draw the pool, and split the pool with ``rng``.
 
         Args:
             items: what ``read`` returned.
             tokenizers: those of the policy and of all references; a pair must fit every one.
+            positions: smallest number of positions of these models; longer pairs are dropped.
 
         Raises:
             UserError: no pair is left, or too few for the pool or the splits.
@@ -127,7 +137,7 @@ class Dataset(ABC):
         preprocessed = Items.from_iterable(self.preprocess(items, counts))
         distinct = self._distinct(preprocessed, counts)
         distinct = self._distinct_when_rendered(distinct, tokenizers, counts)
-        keep = self._eligible(distinct, tokenizers, counts)
+        keep = self._eligible(distinct, tokenizers, counts, positions)
         counts["eligible"] = len(keep)
         if not len(keep):
             raise UserError(f"dataset: no pairs left after filtering: {describe(counts)}")
@@ -137,7 +147,8 @@ class Dataset(ABC):
                     f"dataset.pool is {self.pool}, but only {len(keep)} pairs are eligible "
                     f"({describe(counts)}): lower pool, train, val and test"
                 )
-            # With numpy's legacy generator, as in the paper's code, to draw the same pool.
+            # With numpy's legacy generator, as in the authors' code. It seeds once and draws the
+            # pools of three data sets in turn; of these, only HelpSteer2's can be drawn again here.
             draw = np.random.RandomState(self.pool_seed).choice(len(keep), self.pool, replace=False)
             keep = keep[draw]
         pool = distinct[keep]
@@ -196,7 +207,11 @@ class Dataset(ABC):
         return items[~dropped]
 
     def _eligible(
-        self, items: Items, tokenizers: Sequence[Tokenization], counts: Counter[str]
+        self,
+        items: Items,
+        tokenizers: Sequence[Tokenization],
+        counts: Counter[str],
+        positions: int | None = None,
     ) -> np.ndarray:
         """Indices of the items that pass the filters of 2512.10040 (appendix), in its order."""
         measured = [tokenizer.lengths(items, items.ids) for tokenizer in tokenizers]
@@ -235,6 +250,8 @@ class Dataset(ABC):
             self.max_tokens,
         )
         drop("too_long", (totals[keep] <= self.max_tokens).all(-1))
+        if positions is not None and positions < self.max_tokens:
+            drop("longer_than_a_model", (totals[keep] <= positions).all(-1))
         return keep
 
     def reply_length_bound(self, lengths: np.ndarray, present: np.ndarray) -> np.ndarray:

@@ -151,9 +151,13 @@ class ListDataset(FileDataset):
         return np.asarray(np.percentile(lengths[present], self.min_percentile))
 
     def prepare(
-        self, items: Sequence[Item], tokenizers: Sequence[Tokenization], rng: np.random.Generator
+        self,
+        items: Sequence[Item],
+        tokenizers: Sequence[Tokenization],
+        rng: np.random.Generator,
+        positions: int | None = None,
     ) -> Prepared:
-        lists = super().prepare(items, tokenizers, rng)
+        lists = super().prepare(items, tokenizers, rng, positions)
         return lists if self.pairs is None else self._as_pairs(lists)
 
     def _as_pairs(self, lists: Prepared) -> Prepared:

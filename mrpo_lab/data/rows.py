@@ -13,6 +13,7 @@ from typing import Any
 from mrpo_lab.data.texts import Item, Message
 from mrpo_lab.errors import UserError, first_line
 from mrpo_lab.storage import hub
+from mrpo_lab.storage.files import local_path
 
 Row = Mapping[str, Any]
 ROLES = ("system", "user", "assistant")
@@ -33,7 +34,7 @@ def read_rows(
     Raises:
         UserError: ``path`` does not exist or cannot be read, or the hub cannot be reached.
     """
-    local = Path(path).expanduser()
+    local = local_path(path)
     if local.is_file():
         yield from _file_rows(local)
     elif local.is_dir() or not _looks_local(path):
@@ -59,7 +60,7 @@ def _hub_rows(path: str, split: str, config: str | None) -> Iterator[Row]:
     # They show downloads file by file, and log what is raised as well.
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
-    folder = Path(path).expanduser()
+    folder = local_path(path)
     reason = None if folder.is_dir() else hub.use_cache_if_unreachable()
     try:
         if any((folder / f).is_file() for f in ("dataset_info.json", "dataset_dict.json")):

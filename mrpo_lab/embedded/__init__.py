@@ -30,8 +30,9 @@ def folder(name: str) -> Path:
         raise UserError(f"embedded:{name}: there is no such model; choose from {', '.join(known)}")
     root = models / f"tiny7-{tiny7.DIGEST}"
     if not root.exists():
-        models.mkdir(parents=True, exist_ok=True)
-        with FileLock(models / ".tiny7.lock"):
-            if not root.exists():
-                tiny7.build(root)
+        with cache.writing():
+            models.mkdir(parents=True, exist_ok=True)
+            with FileLock(models / ".tiny7.lock"):
+                if not root.exists():
+                    tiny7.build(root)
     return root / slug

@@ -25,6 +25,8 @@ class SyntheticDataset(Dataset):
         super().__post_init__()
         if not 0 <= self.label_noise < 0.5:
             raise ValueError(f"label_noise must be in [0, 0.5), got {self.label_noise}")
+        if self.data_seed < 0:
+            raise ValueError(f"data_seed must be 0 or more, got {self.data_seed}")
         if self.pairs < 3:
             raise ValueError(f"pairs must be at least 3, got {self.pairs}")
 

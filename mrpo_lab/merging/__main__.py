@@ -12,9 +12,8 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
-from mrpo_lab.cli import exit_on_user_error
+from mrpo_lab.cli import exit_on_user_error, path_argument
 from mrpo_lab.console import show
 from mrpo_lab.progress import quiet_libraries
 from mrpo_lab.runs.trade_off import trade_off_table, write_trade_off
@@ -26,8 +25,8 @@ def parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    made.add_argument("conditioned", type=Path, metavar="CONDITIONED")
-    made.add_argument("single", type=Path, nargs="+", metavar="SINGLE")
+    made.add_argument("conditioned", type=path_argument, metavar="CONDITIONED")
+    made.add_argument("single", type=path_argument, nargs="+", metavar="SINGLE")
     return made
 
 

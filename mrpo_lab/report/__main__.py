@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mrpo_lab.cli import exit_on_user_error
+from mrpo_lab.cli import exit_on_user_error, path_argument
 from mrpo_lab.errors import UserError
 from mrpo_lab.report.reading import RunRecord, read_run
 from mrpo_lab.report.study import Study, build_study
@@ -33,9 +33,9 @@ def parser() -> argparse.ArgumentParser:
         "OUT/tables. `compare RUN RUN ...` prints a few runs side by side instead.",
     )
     made.add_argument(
-        "folders", nargs="*", type=Path, help="run folders or folders of them (outputs)"
+        "folders", nargs="*", type=path_argument, help="run folders or folders of them (outputs)"
     )
-    made.add_argument("--out", type=Path, default=Path("report"), help="default: report")
+    made.add_argument("--out", type=path_argument, default=Path("report"), help="default: report")
     made.add_argument(
         "--where",
         action="append",
@@ -47,7 +47,7 @@ def parser() -> argparse.ArgumentParser:
         "--published",
         action="append",
         default=[],
-        type=Path,
+        type=path_argument,
         metavar="FILE",
         help="add published results from a CSV table; docs/report.md describes its columns",
     )
@@ -71,7 +71,7 @@ def parser() -> argparse.ArgumentParser:
 
 def compare_parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(prog="python -m mrpo_lab.report compare")
-    made.add_argument("runs", nargs="+", type=Path, help="run folders")
+    made.add_argument("runs", nargs="+", type=path_argument, help="run folders")
     return made
 
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from mrpo_lab.errors import UserError
 from mrpo_lab.runs.identity import NO_CHANGE
 
 CELL = {
@@ -22,8 +23,29 @@ CELL = {
 }
 """Config groups that make up the method part of a run's name, and the option of each that is left
 out of it."""
+SKIPPED = {"cache", "wandb", "adapter", "checkpoint"}
+"""Names of folders in which no run is looked for."""
 NAMED = {"dataset", "model", *CELL, "seed", "experiment", "sweep"}
 """Config groups that have a place in the name; an experiment or a sweep sets ``name`` itself."""
+
+
+def check_name(name: str) -> None:
+    """Refuse a name whose folder would not lie below ``outputs``, or would not be found there.
+
+    Raises:
+        UserError: a part is empty, is ``..``, is hidden, or is the name of a folder with other
+            contents.
+    """
+    problem = ""
+    for part in name.split("/"):
+        if not part.strip() or not part.isprintable():
+            problem = "a part of it is empty or has characters that cannot be printed"
+        elif part.startswith((".", "~")):
+            problem = f"{part!r} is no name of a folder below outputs"
+        elif part in SKIPPED or part == "sweeps":
+            problem = f"folders called {part} hold something else than runs"
+    if problem:
+        raise UserError(f"name: {name!r}: {problem}; give a name such as name=study or name=a/b")
 
 
 def run_name(name: str, choices: Mapping[str, str | None], overrides: Sequence[str]) -> str:
@@ -34,7 +56,11 @@ def run_name(name: str, choices: Mapping[str, str | None], overrides: Sequence[s
     Args:
         choices: the chosen option of each config group.
         overrides: the command line's overrides, as Hydra has them.
+
+    Raises:
+        UserError: see ``check_name``.
     """
+    check_name(name)
     # A group that was removed, as by ~loss, is refused when it is built.
     chosen = defaultdict(str, {group: str(option) for group, option in choices.items() if option})
     cell = "-".join(chosen[g] for g, silent in CELL.items() if chosen[g] not in ("", silent))

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from mrpo_lab.errors import UserError
-from mrpo_lab.runs.naming import name_of_folder
+from mrpo_lab.runs.naming import SKIPPED, name_of_folder
+from mrpo_lab.storage.files import local_path
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -26,8 +27,6 @@ YAML = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 """The safe loader, in C where there is one: this saves seconds for hundreds of runs."""
 TRADE_OFFS = ("trade_off_compared.parquet", "trade_off.parquet")
 """Tables of trade-offs; the first that exists is read."""
-SKIPPED = {"cache", "wandb", "adapter", "checkpoint"}
-"""Names of folders in which no run is looked for."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +112,7 @@ def open_run(folder: str | Path) -> RunView:
     Raises:
         UserError: there is no run in this folder.
     """
-    path = Path(folder)
+    path = local_path(folder)
     if not (path / "config.yaml").is_file():
         raise UserError(f"{path}: no run; a run is a folder with config.yaml, as train.py writes")
     return RunView(path)

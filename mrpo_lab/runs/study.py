@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from mrpo_lab.errors import UserError
 from mrpo_lab.runs.reading import RunView, find_runs
 from mrpo_lab.runs.run_choice import RunChoice, run_choice
+from mrpo_lab.storage.files import local_path
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -60,7 +61,7 @@ def open_study(folder: str | Path) -> StudyView:
     Raises:
         UserError: there is no such folder, or it holds no runs.
     """
-    found = find_runs([Path(folder)])
+    found = find_runs([local_path(folder)])
     if not found:
         raise UserError(f"{folder}: no runs; a run is a folder with config.yaml")
     return StudyView([RunView(path) for path in found])

@@ -6,6 +6,7 @@ import hashlib
 import logging
 import math
 import os
+import re
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from mrpo_lab.errors import UserError, first_line
 from mrpo_lab.storage.network import connection_error
 
 logger = logging.getLogger(__name__)
@@ -20,13 +22,31 @@ logger = logging.getLogger(__name__)
 Lines = Sequence[Mapping[str, float | None]]
 """Lines of ``metrics.jsonl``, each with its ``step``."""
 
-
+MODES = {
+    "online": "online",
+    "offline": "offline",
+    "disabled": "disabled",
+    "shared": "shared",
+    "run": "online",
+    "dryrun": "offline",
+}
+"""Values of WANDB_MODE, and what they mean: the last two are old names."""
+FORBIDDEN = r"/\#?%:"
+"""Characters that W&B refuses in the name of a project."""
 FILES = ("provenance.json", "test_pairs.parquet", "trade_off.parquet")
 """Files of a run's folder that are uploaded to W&B, so that the report can be made from there."""
 
 
 class Tracker(ABC):
     """Mirrors the metrics of one run. In processes other than the main one it does nothing."""
+
+    @abstractmethod
+    def check(self) -> None:
+        """Refuse what the environment would make impossible, before anything is computed.
+
+        Raises:
+            ValueError: in one line, what is wrong and what to do.
+        """
 
     @abstractmethod
     def start(self, folder: Path, identity: str, config: dict[str, Any], past: Lines) -> None:
@@ -51,6 +71,9 @@ class Tracker(ABC):
 
 class LocalTracker(Tracker):
     """Tracks nothing: the run's own files have all numbers."""
+
+    def check(self) -> None:
+        pass
 
     def start(self, folder: Path, identity: str, config: dict[str, Any], past: Lines) -> None:
         pass
@@ -79,12 +102,44 @@ class WandbTracker(Tracker):
     ) -> None:
         self._project, self._entity, self._group = project, entity, group
         self._tags = tags or []
+        self._run: Any = None
+        """None before the run begins, and where W&B is disabled."""
+        if not 1 <= len(project) <= 128 or set(project) & set(FORBIDDEN):
+            raise ValueError(
+                f"project: W&B takes up to 128 characters, none of {' '.join(FORBIDDEN)}, got "
+                f"{project!r}; a team is tracker.entity=TEAM"
+            )
+        if entity is not None and not re.fullmatch(r"[\w.-]{1,128}", entity, re.ASCII):
+            raise ValueError(
+                f"entity: W&B takes letters, digits and the characters _ . -, got {entity!r}"
+            )
+        for tag in self._tags:
+            if not 1 <= len(tag) <= 64:
+                raise ValueError(
+                    f"tags: W&B takes 1 to 64 characters for a tag, got {len(tag)}: {tag!r}"
+                )
+
+    def check(self) -> None:
+        mode, _ = wandb_mode()
+        if mode in ("offline", "disabled"):
+            return
+        import wandb
+
+        try:
+            wandb.login(verify=True)  # asks for a key where there is a terminal
+        except (wandb.errors.Error, OSError) as error:
+            raise ValueError(
+                f"W&B cannot be used: {first_line(error)}: wandb login, or set WANDB_MODE=offline"
+            ) from error
 
     def start(self, folder: Path, identity: str, config: dict[str, Any], past: Lines) -> None:
+        mode, reason = wandb_mode()
+        if mode == "disabled":
+            logger.info("W&B: %s, so this run is not tracked", reason)
+            return
         import wandb
 
         self._folder = folder
-        mode, reason = wandb_mode()
         if mode == "offline":
             logger.info(
                 "W&B: %s, so this run is kept offline; later: wandb sync %s/wandb/offline-run-*",
@@ -93,19 +148,25 @@ class WandbTracker(Tracker):
             )
         for former in folder.glob("wandb/offline-run-*"):
             shutil.rmtree(former)
-        self._run = wandb.init(
-            project=self._project,
-            entity=self._entity,
-            group=os.environ.get("WANDB_RUN_GROUP", self._group),  # a sweep sets the variable
-            id=hashlib.sha256(identity.encode()).hexdigest()[:16],
-            name=identity,
-            tags=self._tags,
-            config=config,
-            dir=folder,
-            mode=mode,
-            resume="allow" if mode == "online" else None,
-            settings=wandb.Settings(silent=True, console="off"),
-        )
+        try:
+            self._run = wandb.init(
+                project=self._project,
+                entity=self._entity,
+                group=os.environ.get("WANDB_RUN_GROUP", self._group),  # a sweep sets the variable
+                id=hashlib.sha256(identity.encode()).hexdigest()[:16],
+                name=identity,
+                tags=self._tags,
+                config=config,
+                dir=folder,
+                mode=mode,
+                resume="allow" if mode == "online" else None,
+                settings=wandb.Settings(silent=True, console="off"),
+            )
+        except wandb.errors.Error as error:
+            raise UserError(
+                f"tracker: W&B cannot begin this run: {first_line(error)}: set WANDB_MODE=offline, "
+                "or tracker=local"
+            ) from error
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
         for line in past:  # null stands for a value that was not finite
@@ -116,10 +177,12 @@ class WandbTracker(Tracker):
 
     def _log(self, line: Mapping[str, float]) -> None:
         # There is one line per step from 0 on: the server has those before ``starting_step``.
-        if line["step"] >= self._run.starting_step:
+        if self._run is not None and line["step"] >= self._run.starting_step:
             self._run.log(dict(line))
 
     def finish(self, result: Mapping[str, Any], failed: bool = False) -> None:
+        if self._run is None:
+            return
         self._run.summary.update(dict(result))
         for name in FILES:
             if (self._folder / name).exists():
@@ -130,14 +193,41 @@ class WandbTracker(Tracker):
 
 
 def wandb_mode() -> tuple[Any, str]:
-    """The mode, and why it is offline: WANDB_MODE if set, else online with a key and a network."""
-    import wandb
+    """The mode and the reason for it: WANDB_MODE if set, else online with a key and a network.
 
-    if mode := os.environ.get("WANDB_MODE"):
-        return mode, f"WANDB_MODE is {mode}"
-    if not wandb.setup().settings.api_key:
+    Raises:
+        ValueError: WANDB_MODE, or another variable that W&B reads, has a value that it refuses.
+    """
+    if os.environ.get("WANDB_DISABLED", "").strip().lower() in ("1", "on", "true", "yes"):
+        return "disabled", "WANDB_DISABLED is set"
+    mode = os.environ.get("WANDB_MODE")
+    if mode and mode not in MODES:
+        raise ValueError(f"WANDB_MODE is {mode!r}: choose from {', '.join(MODES)}")
+    if mode and MODES[mode] == "disabled":
+        return "disabled", "WANDB_MODE is disabled"
+    settings = _settings()
+    if mode:
+        return MODES[mode], f"WANDB_MODE is {mode}"
+    if not settings.api_key:
         return "offline", "no API key (wandb login)"
-    server = str(wandb.setup().settings.base_url)
+    server = str(settings.base_url)
     if connection_error(server):
         return "offline", f"{urlsplit(server).hostname} cannot be reached"
     return "online", ""
+
+
+def _settings() -> Any:
+    """W&B's settings, which it reads from the environment and from files of its own."""
+    if os.environ.get("WANDB_MODE") == "":
+        del os.environ["WANDB_MODE"]  # as from an unset shell variable; W&B would refuse it
+    import wandb
+    from pydantic import ValidationError
+
+    try:
+        return wandb.setup(settings=wandb.Settings(silent=True)).settings
+    except ValidationError as error:
+        problem = error.errors()[0]
+        key = ".".join(map(str, problem["loc"]))
+        raise ValueError(f"W&B refuses the setting {key}: {problem['msg']}") from error
+    except (wandb.errors.Error, ValueError) as error:
+        raise ValueError(f"W&B refuses its settings: {first_line(error)}") from error

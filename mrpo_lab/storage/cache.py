@@ -6,11 +6,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from mrpo_lab.errors import UserError
+from mrpo_lab.storage.files import local_path, naming
 
 
 def root() -> Path:
     """The cache folder: ``$MRPO_LAB_CACHE``, or ``outputs/cache`` if that is unset or empty."""
-    return Path(os.environ.get("MRPO_LAB_CACHE") or "outputs/cache")
+    return local_path(os.environ.get("MRPO_LAB_CACHE", "").strip() or "outputs/cache")
 
 
 @contextmanager
@@ -21,8 +22,10 @@ def writing() -> Iterator[None]:
         UserError: the cache's disk is full or cannot be written to.
     """
     try:
-        yield
+        with naming(root()):
+            yield
     except OSError as error:
         raise UserError(
-            f"cannot write to the cache {root()}: {error.strerror}: set MRPO_LAB_CACHE"
+            f"cannot write to the cache {root()}: {error.strerror}: set MRPO_LAB_CACHE to "
+            "another folder, or make room there; the same command goes on"
         ) from error

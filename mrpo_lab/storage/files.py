@@ -4,19 +4,104 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
+import shutil
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from mrpo_lab.errors import UserError
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Replace a file atomically: readers see the old content or the new, never a part."""
+def local_path(text: str | os.PathLike[str]) -> Path:
+    """The path that a user wrote; ``~`` and ``~NAME`` at its beginning are home folders.
+
+    Raises:
+        UserError: it is no text, or blank, or there is no such home folder.
+    """
+    if not isinstance(text, (str, os.PathLike)) or not str(text).strip():
+        raise UserError(f"expected the path of a folder or a file, got {text!r}")
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"{text}: there is no such home folder") from error
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Replace a file atomically by the one that is written to the path that is yielded.
+
+    Readers see the old content or the new, never a part. If writing fails, no draft is left.
+
+    Raises:
+        OSError: the file could not be written; ``filename`` is ``path``.
+    """
     draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    draft.write_bytes(content)
-    os.replace(draft, path)
+    try:
+        with naming(path):
+            yield draft
+            os.replace(draft, path)
+    finally:
+        with suppress(OSError):
+            draft.unlink(missing_ok=True)
+
+
+@contextmanager
+def replacing_folder(path: Path) -> Iterator[Path]:
+    """Replace a folder by the one that is written to the path that is yielded.
+
+    If writing fails, the former folder is left and no draft. A kill between the removal of the
+    former folder and the renaming of the new one leaves neither.
+
+    Raises:
+        OSError: the folder could not be written; ``filename`` is ``path``.
+    """
+    draft = path.with_name(f".{path.name}.tmp")
+    shutil.rmtree(draft, ignore_errors=True)
+    try:
+        with naming(path):
+            yield draft
+            if path.exists():
+                shutil.rmtree(path)
+            draft.rename(path)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Make an error while writing one that names ``path``.
+
+    Python names no file when a write fails, only when opening one does; and libraries in Rust, such
+    as safetensors and tokenizers, raise errors of their own.
+
+    Raises:
+        OSError: for an ``OSError``, or another library's error that says what the system said.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+    except Exception as error:
+        code = re.search(r"\(os error (\d+)\)", str(error))
+        if code is None:
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Replace a file atomically; see ``replacing``.
+
+    Raises:
+        OSError: the file could not be written; no draft is left.
+    """
+    with replacing(path) as draft:
+        draft.write_bytes(content)
 
 
 def write_parquet(path: Path, table: pa.Table) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import logging
 import os
@@ -71,7 +72,7 @@ def snapshot(name: str, revision: str | None) -> Path:
     Raises:
         NotAtHandError: it is not there and cannot be downloaded.
     """
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
@@ -86,4 +87,9 @@ def snapshot(name: str, revision: str | None) -> Path:
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=FILES))
     except (LocalEntryNotFoundError, HfHubHTTPError, ConnectionError, OSError) as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(
+                f"cannot write to the hub's cache {constants.HF_HUB_CACHE}: {error.strerror}: set "
+                "HF_HOME to another folder, or make room there"
+            ) from error
         raise NotAtHandError(name, f"the hub refused it ({first_line(error)})") from error

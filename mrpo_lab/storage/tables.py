@@ -60,15 +60,24 @@ class Table:
         Raises:
             UserError: the cache cannot be written to.
         """
-        content = {**key, "columns": dict(columns)}
-        digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
-        folder = cache.root() / kind / digest
-        text = json.dumps({"first_opened_as": name, **content}, indent=2)
+        folder = cls._place(kind, key, columns)
+        text = json.dumps({"first_opened_as": name, **key, "columns": dict(columns)}, indent=2)
         with cache.writing():
             folder.mkdir(parents=True, exist_ok=True)
             if not (folder / "key.json").exists():
                 write_whole(folder / "key.json", text.encode())
         return cls(folder, columns)
+
+    @classmethod
+    def find(cls, kind: str, key: Mapping[str, Any], columns: Mapping[str, str]) -> Table | None:
+        """The table of ``key`` if it exists; none is created."""
+        folder = cls._place(kind, key, columns)
+        return cls(folder, columns) if folder.is_dir() else None
+
+    @staticmethod
+    def _place(kind: str, key: Mapping[str, Any], columns: Mapping[str, str]) -> Path:
+        content = json.dumps({**key, "columns": dict(columns)}, sort_keys=True)
+        return cache.root() / kind / hashlib.sha256(content.encode()).hexdigest()[:16]
 
     def read(self, ids: np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray]:
         """Read the numbers of ``ids``, an array of any shape.
@@ -94,7 +103,7 @@ class Table:
         """Add rows as one new shard. Rows that the table has already keep their numbers.
 
         Raises:
-            UserError: a number is not finite.
+            UserError: a number is not finite, or the cache cannot be written to.
         """
         for name in self.columns:
             if not np.isfinite(values[name]).all():
@@ -105,17 +114,19 @@ class Table:
         for name, dtype in self.columns.items():
             shard[name] = np.ascontiguousarray(values[name][there], dtype=dtype)
         name = f"{time.time_ns():020}-{uuid.uuid4().hex}.safetensors"  # file names sort by age
-        write_whole(self.folder / name, save(shard))
+        with cache.writing():
+            write_whole(self.folder / name, save(shard))
 
     @contextmanager
     def filling(self) -> Iterator[None]:
         """Let one process at a time compute missing rows; others wait here and then read them."""
         lock = FileLock(self.folder / ".lock")
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            logger.info("%s: another process is computing it, waiting", self.folder)
-            lock.acquire()
+        with cache.writing():
+            try:
+                lock.acquire(timeout=0)
+            except Timeout:
+                logger.info("%s: another process is computing it, waiting", self.folder)
+                lock.acquire()
         try:
             yield
         finally:

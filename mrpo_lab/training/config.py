@@ -40,6 +40,7 @@ class TrainConfig:
             "epochs",
             "checkpoint_every",
             "token_budget",
+            "sample_tokens",
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor
 
+from mrpo_lab.data.ids import text_ids
 from mrpo_lab.errors import UserError
 from mrpo_lab.models.policy import Policy
 from mrpo_lab.objective.losses import PreferenceLoss
@@ -17,6 +19,7 @@ from mrpo_lab.runs.folder import Run
 from mrpo_lab.runs.test_pairs import reference_weights, write_test_pairs
 from mrpo_lab.runs.tracking import Tracker
 from mrpo_lab.runs.trade_off import write_trade_off
+from mrpo_lab.storage.files import replacing_folder
 from mrpo_lab.training.inputs import Data
 from mrpo_lab.training.state import LoopState
 
@@ -66,7 +69,8 @@ class Recorder:
         if not isinstance(error, (UserError, KeyboardInterrupt)):
             failure["traceback"] = "".join(traceback.format_exception(error))
         if self._active:
-            self.run.finish(failure)
+            with suppress(UserError):  # the disk may be full, which is then why the run fails
+                self.run.finish(failure)
             self._tracker.finish(failure, failed=True)
 
     def finish(
@@ -85,24 +89,27 @@ class Recorder:
         """
         if not self._active:
             return
-        policy.save(self.run.folder / "adapter")
-        after = Scores(**state.latest_test)
-        write_test_pairs(
-            self.run.folder / "test_pairs.parquet",
-            data.ids[data.test],
-            data.slugs,
-            data.refs[data.test.tolist()],
-            Scores(**state.base_test),
-            after,
-            target,
-            reference_weights(
-                loss,
-                data.in_loss_unit(after, data.test.tolist()),
-                data.loss_refs[data.test.tolist()],
+        with self.run.writing():
+            with replacing_folder(self.run.folder / "adapter") as draft:
+                policy.save(draft)
+            after = Scores(**state.latest_test)
+            write_test_pairs(
+                self.run.folder / "test_pairs.parquet",
+                data.ids[data.test],
+                text_ids(data.items[i] for i in data.test.tolist())[0],
+                data.slugs,
+                data.refs[data.test.tolist()],
+                Scores(**state.base_test),
+                after,
                 target,
-            ),
-        )
-        if trade_off:
-            write_trade_off(self.run.folder / "trade_off.parquet", trade_off)
+                reference_weights(
+                    loss,
+                    data.in_loss_unit(after, data.test.tolist()),
+                    data.loss_refs[data.test.tolist()],
+                    target,
+                ),
+            )
+            if trade_off:
+                write_trade_off(self.run.folder / "trade_off.parquet", trade_off)
         self.run.finish(result)
         self._tracker.finish(result)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +11,20 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mrpo_lab.errors import UserError
+from mrpo_lab.storage.files import replacing
 
 
 def save_state(path: Path, state: dict[str, Any]) -> None:
-    """Write ``state`` atomically: an interruption leaves the former file in place."""
+    """Write ``state`` atomically: an interruption leaves the former file in place.
+
+    Raises:
+        OSError: it cannot be written; no draft is left.
+    """
     tensors: dict[str, Tensor] = {}
     outline = json.dumps(_outline(state, tensors))
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_suffix(".tmp")
-    save_file(tensors, draft, metadata={"state": outline})
-    os.replace(draft, path)
+    with replacing(path) as draft:
+        save_file(tensors, draft, metadata={"state": outline})
 
 
 def load_state(path: Path) -> dict[str, Any]:

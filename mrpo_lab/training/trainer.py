@@ -68,7 +68,8 @@ class Trainer:
                 step, config.schedule, config.warmup_steps, self.total_steps
             ),
         )
-        spread = np.linspace(0, self.total_steps, config.evaluations + 1)[1:].round().astype(int)
+        evaluations = min(config.evaluations, self.total_steps)  # more than one a step are the same
+        spread = np.linspace(0, self.total_steps, evaluations + 1)[1:].round().astype(int)
         self.evaluation_steps = {*spread.tolist(), self.total_steps}
         self.state = LoopState(alpha_sum=[0.0] * len(data.slugs))
         mean_lambda = sampler.mean_lambda(data.labels.aspects)
@@ -166,7 +167,7 @@ class Trainer:
         slugs, accuracy = self.data.slugs, float(policy.accuracy(target))
         metrics = batch_metrics(self.loss, scores, batch.refs, alpha, target, slugs, accuracy)
         metrics["train/grad_norm"] = self.gradient_norm(batch)
-        metrics["train/lr"] = self.scheduler.get_last_lr()[0]
+        metrics["train/lr"] = float(self.scheduler.get_last_lr()[0])
         self.optimizer.step()
         self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -308,7 +309,8 @@ class Trainer:
     def save(self) -> None:
         """Write the checkpoint: everything that must survive, in one file."""
         if self.workers.is_main:
-            save_state(self.recorder.run.checkpoint, self.state_dict())
+            with self.recorder.run.writing():
+                save_state(self.recorder.run.checkpoint, self.state_dict())
         self.recorder.write_alpha(self.data.slugs)
         self.workers.wait()
 
