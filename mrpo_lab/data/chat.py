@@ -148,7 +148,7 @@ class ChatFormat:
         if reply not in whole:
             raise UserError(
                 f"{self.name}: the chat template does not print the text of replies "
-                f"({self.origin}): give another, template=plain, template=chatml or template=FILE.jinja"
+                f"({self.origin}): give another, template=chatml or template=FILE.jinja"
             )
         return closing
 
