@@ -32,6 +32,7 @@ from mrpo_lab.data.rows import parse_item, read_rows
 from mrpo_lab.data.texts import Item, TokenRow
 from mrpo_lab.data.tokenization import Tokenization
 from mrpo_lab.experiment import Experiment
+from mrpo_lab.models.gate import SAMPLE, Measured
 from mrpo_lab.models.policy import Policy
 from mrpo_lab.models.references import SHARD_ROWS, ReferenceSet
 from mrpo_lab.objective.losses import PreferenceLoss, ctro, logistic, mrpo
@@ -230,11 +231,16 @@ def fill(references: ReferenceSet, items: Sequence[Item], ids: np.ndarray) -> No
     """Put random scores of every pair into the store, in shards as scoring writes them."""
     scores = made_up_scores(len(items), len(references.members))
     for k, reference in enumerate(references.members):
-        table = reference.table()
+        stored = reference.stored()
         for part in np.split(np.arange(len(ids)), range(SHARD_ROWS, len(ids), SHARD_ROWS)):
             sums, counts = scores.sums[part, k], scores.counts[part, k]
-            table.append(ids[part], {"sums": sums.numpy(), "counts": counts.numpy()})
-        (table.folder / "gate.json").write_text("[]")
+            stored.scores.append(ids[part], {"sums": sums.numpy(), "counts": counts.numpy()})
+        sample = range(SAMPLE)
+        alone, tokens = scores.sums[:SAMPLE, k].flatten(), scores.counts[:SAMPLE, k].flatten()
+        vocabulary = np.full(len(alone), 10**6)  # a guess over that many is worse than any score
+        made = alone.numpy()
+        measured = Measured(made, made, made, made, tokens.numpy(), vocabulary)
+        stored.add_measured(ids, sample, measured)
 
 
 def child(arguments: Sequence[str], **environment: str) -> str:

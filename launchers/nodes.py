@@ -32,7 +32,7 @@ class Resources:
     qos: str | None = None
     constraint: str | None = None
     gpu_type: str | None = None
-    """As in ``gpu:a100:1``; null takes any type."""
+    """GPU type, as in ``gpu:a100:1``; null takes any type."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""From a launcher's profile, the keys of ``conf/hydra/launcher/*.yaml``, to a cluster."""
+"""Build a cluster from a launcher's profile, the keys of ``conf/hydra/launcher/*.yaml``."""
 
 from __future__ import annotations
 

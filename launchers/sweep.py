@@ -96,7 +96,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class RunState:
-    """How far a run is."""
+    """The state of a run in its sweep, with its last record."""
 
     state: str
     """One of ``STATES``."""

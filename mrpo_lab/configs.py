@@ -240,7 +240,7 @@ def _holds_a_node(value: Any) -> bool:
 
 
 def _type_problem(hint: Any, value: Any) -> str | None:
-    """What is wrong with a value of type ``hint``; None if it fits."""
+    """Describe why a value is not of type ``hint``; None if it is."""
     try:
         adapter = TypeAdapter(hint, config=ConfigDict(strict=True, arbitrary_types_allowed=True))
     except Exception:  # no pydantic schema: a hint for objects, which YAML cannot hold

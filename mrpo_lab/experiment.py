@@ -208,9 +208,15 @@ class Experiment:
                 model.fetch()
         if absent:
             raise UserError(missing(absent))
-        distinct = {m.tokenization.fingerprint: m.tokenization for m in models}
+        for model in models:
+            model.check_files()
+        self.workers.main_first(self.model.check)
+        distinct = {str(m.tokenization.key): m.tokenization for m in models}
+        positions = min((m.positions for m in models if m.positions), default=None)
         prepared = self.workers.main_first(
-            lambda: self.dataset.prepare(items, list(distinct.values()), self.seeds.rng("split"))
+            lambda: self.dataset.prepare(
+                items, list(distinct.values()), self.seeds.rng("split"), positions
+            )
         )
         if self.workers.is_main:
             logger.info("data: %s", describe(prepared.counts))
@@ -230,6 +236,7 @@ class Experiment:
             self.sampler.check(labels.aspects, num_val)
         with named("loss.link"):
             self.loss.check(labels.targets.shape[-1])
+        self.tokens(prepared).check()
 
     def reference_scores(self, prepared: Prepared) -> ReferenceScores:
         """Reference scores of the pool, and the gate's findings; what is not stored is computed.
@@ -240,6 +247,12 @@ class Experiment:
         items, ids, device = prepared.items, prepared.ids, self.workers.device
         return self.workers.main_first(lambda: self.references.scores(items, ids, device))
 
+    def tokens(self, prepared: Prepared, conditioned: bool | None = None) -> PolicyTokens:
+        """The pool's token rows under the policy's tokenizer; see ``data``."""
+        conditioned = self.sampler.condition if conditioned is None else conditioned
+        aspects = prepared.labels.aspects
+        return PolicyTokens(self.model.tokenization, prepared.items, aspects, conditioned)
+
     def data(self, prepared: Prepared, refs: Scores, conditioned: bool | None = None) -> Data:
         """Everything the training loop needs.
 
@@ -247,13 +260,10 @@ class Experiment:
             refs: reference scores (N, K, R) of the pool.
             conditioned: whether the policy is given lambda in its prompt (default: as configured).
         """
-        items = prepared.items
-        conditioned = self.sampler.condition if conditioned is None else conditioned
-        tokenization, aspects = self.model.tokenization, prepared.labels.aspects
         loss_unit, lengths = self.loss.resolved_unit, self.reply_lengths(prepared)
         return Data(
-            items=items,
-            tokens=PolicyTokens(tokenization, items, aspects, conditioned),
+            items=prepared.items,
+            tokens=self.tokens(prepared, conditioned),
             refs=refs,
             loss_refs=in_unit(refs, loss_unit, lengths),
             weighting_refs=in_unit(refs, self.weighting.unit, lengths),

@@ -175,7 +175,7 @@ def cv(weights: Row) -> float:
     return statistics.pstdev(weights) / mean if mean != 0.0 else math.nan
 
 
-def _normalised(values: Row) -> Row:
+def _normalized(values: Row) -> Row:
     """alpha_k = v_k / sum_j v_j; 0/0 gives uniform."""
     total = math.fsum(values)
     return [v / total for v in values] if total > 0.0 else uniform(len(values))
@@ -197,29 +197,29 @@ def fixed(values: Row, K: int | None = None) -> Row:
         raise ValueError("not of length K")
     if not all(math.isfinite(v) and v >= 0.0 for v in values) or not any(values):
         raise ValueError("weights must be finite, non-negative and not all zero")
-    return _normalised(values)
+    return _normalized(values)
 
 
 def arwc(margins_row: Row) -> Row:
     """Per pair: alpha_ik = |d_ik| / sum_j |d_ij|."""
-    return _normalised([abs(d) for d in margins_row])
+    return _normalized([abs(d) for d in margins_row])
 
 
 def vdw(margins: Matrix) -> Row:
     """alpha_k prop. to sum_{i in val} |d_ik|."""
-    return _normalised([math.fsum(abs(d) for d in column) for column in zip(*margins, strict=True)])
+    return _normalized([math.fsum(abs(d) for d in column) for column in zip(*margins, strict=True)])
 
 
 def vaw(margins: Matrix) -> Row:
     """alpha_k prop. to #{i in val : d_ik > 0}."""
     right = [sum(d > 0.0 for d in column) for column in zip(*margins, strict=True)]
-    return _normalised([float(count) for count in right])
+    return _normalized([float(count) for count in right])
 
 
 def rmc(margins: Matrix) -> Row:
     """alpha_k prop. to max(0, r_k), r_k = 2 acc_k - 1 (both times N here, to stay exact)."""
     right = [sum(d > 0.0 for d in column) for column in zip(*margins, strict=True)]
-    return _normalised([float(max(0, 2 * count - len(margins))) for count in right])
+    return _normalized([float(max(0, 2 * count - len(margins))) for count in right])
 
 
 def _solve(matrix: Matrix, rhs: Row) -> Row:
@@ -255,7 +255,7 @@ def vsw_gradient(w: Row, margins: Matrix) -> Row:
 
 
 def _vsw_free(margins: Matrix) -> Row:
-    """The objective's minimiser without w >= 0: Newton, step halved until the gradient shrinks."""
+    """The objective's minimizer without w >= 0: Newton, step halved until the gradient shrinks."""
     n, ks = len(margins), range(len(margins[0]))
     w = [0.0 for _ in ks]
     g = vsw_gradient(w, margins)
@@ -278,7 +278,7 @@ def _vsw_free(margins: Matrix) -> Row:
 
 
 def vsw_solution(margins: Matrix) -> Row:
-    """argmin_{w >= 0} of vsw's objective: of all supports' minimisers, the one meeting KKT best."""
+    """argmin_{w >= 0} of vsw's objective: of all supports' minimizers, the one meeting KKT best."""
 
     def residual(w: Row) -> float:  # 0 at the optimum: w_k = max(0, w_k - g_k)
         pairs = zip(w, vsw_gradient(w, margins), strict=True)
@@ -299,7 +299,7 @@ def vsw(margins: Matrix) -> Row:
     """alpha = w / sum w, w = argmin_{w >= 0} mean -log sigma(sum_k w_k d_ik) + 1e-4 s^2 ||w||^2,
     s^2 the mean of d_ik^2: as of margins divided by s, since alpha forgets the scale of w."""
     s = math.sqrt(statistics.fmean(d * d for row in margins for d in row))
-    return _normalised(vsw_solution([[d / s if s else 0.0 for d in row] for row in margins]))
+    return _normalized(vsw_solution([[d / s if s else 0.0 for d in row] for row in margins]))
 
 
 def grid(margins: Matrix, m: int) -> Row:

@@ -1,5 +1,6 @@
 """Rendering and tokenizing messages, with the peculiarities of many templates and tokenizers."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -24,6 +25,7 @@ from mrpo_lab.data.texts import Item, TokenRow
 from mrpo_lab.data.tokenization import Tokenization
 from mrpo_lab.errors import UserError
 from mrpo_lab.scoring.scorer import ReplyScorer
+from mrpo_lab.storage.tables import Table
 
 SLUGS = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma2", "neox")
 END = {
@@ -228,9 +230,10 @@ class TestTemplates:
         chat = with_template(tiny7_dir / "tiny-neox", template, tmp_path)
         (row,) = one(chat, Item((user("a"),), ("b",)))
         assert chat.tokenizer.decode(row.ids) == " 26 Jul 2024|26 Jul 2024|ab"
-        undated = with_template(tiny7_dir / "tiny-neox", "\n\n{{ messages[-1].content }}", tmp_path)
+        contents = "\n\n{% for m in messages %}{{ m.content }}{% endfor %}"
+        undated = with_template(tiny7_dir / "tiny-neox", contents, tmp_path)
         (row,) = one(undated, Item((user("a"),), ("b",)))
-        assert undated.tokenizer.decode(row.ids) == "\n\nb"
+        assert undated.tokenizer.decode(row.ids) == "\n\nab"
 
     def test_the_default_of_several_templates(self, tiny7_dir: Path, tmp_path: Path) -> None:
         folder = shutil.copytree(tiny7_dir / "tiny-neox", tmp_path / "several")
@@ -312,6 +315,30 @@ class TestFingerprint:
         (folder / name).unlink()
         assert len({before, changed, format_fingerprint(folder, "x", None)}) == 3
 
+    @pytest.mark.parametrize(
+        "name",
+        [
+            *("vocab.txt", "spiece.model", "sentencepiece.bpe.model", "qwen.tiktoken"),
+            *("tokenization_own.py", "bpe.codes", "emoji.json", "tokenizer.vocab", "dict.txt"),
+        ],
+    )
+    def test_changes_with_whatever_a_tokenizer_may_read(self, folder: Path, name: str) -> None:
+        found = {format_fingerprint(folder, "x", None)}
+        for content in ("one", "two"):
+            (folder / name).write_text(content)
+            found.add(format_fingerprint(folder, "x", None))
+        assert len(found) == 3
+
+    def test_of_usual_files_is_the_one_that_stored_numbers_have(self, folder: Path) -> None:
+        digest = hashlib.sha256(b"26 Jul 2024")
+        for name in TOKENIZER_FILES:
+            digest.update(name.encode() + b"\0" + f"content of {name}".encode())
+        assert format_fingerprint(folder, "x", None) == digest.hexdigest()
+
+    def test_changes_where_code_is_trusted(self, folder: Path) -> None:
+        found = {format_fingerprint(folder, "x", None, trusted) for trusted in (True, False)}
+        assert len(found) == 2
+
     def test_changes_with_the_template_in_its_place(self, folder: Path, tmp_path: Path) -> None:
         file = tmp_path / "mine.jinja"
         file.write_text("{{ 1 }}")
@@ -323,7 +350,9 @@ class TestFingerprint:
     def test_changes_with_nothing_else(self, folder: Path, tmp_path: Path) -> None:
         before = format_fingerprint(folder, "x", "plain")
         moved = folder.rename(tmp_path / "elsewhere")
-        for name in ("model.safetensors", "config.json", "generation_config.json", "README.md"):
+        others = ("LICENSE.txt", ".gitattributes", "optimizer.pt", "model.safetensors.index.json")
+        usual = ("model.safetensors", "config.json", "generation_config.json", "README.md")
+        for name in (*usual, *others):
             (moved / name).write_text("anything")
         os.utime(moved / "tokenizer.json", (1, 1))
         assert format_fingerprint(moved, "other name", "plain") == before
@@ -366,13 +395,69 @@ class TestLengths:
         assert other.reply.tolist() != first.reply.tolist()
 
 
+class TestCountsOfTokenizersThatLookAlike:
+    """Numbers of one tokenizer are never another's."""
+
+    @pytest.fixture(autouse=True)
+    def cache(self, tiny7_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("MRPO_LAB_CACHE", str(tmp_path / "cache"))
+
+    def word_pieces(self, folder: Path, words: list[str]) -> Tokenization:
+        letters = [chr(i) for i in range(33, 127)]
+        folder.mkdir()
+        vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *words]
+        vocabulary += [f"##{letter}" for letter in letters]
+        (folder / "vocab.txt").write_text("\n".join(vocabulary))
+        (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer"}')
+        (folder / "config.json").write_text('{"model_type": "bert"}')
+        return Tokenization(folder.name, folder, "plain")
+
+    def test_vocabularies_alone(self, tmp_path: Path) -> None:
+        ids = reply_ids([BREAD])
+        one, other = (
+            self.word_pieces(tmp_path / name, words)
+            for name, words in (("one", []), ("other", ["sure", "bakery"]))
+        )
+        first = one.lengths([BREAD], ids).reply
+        second = other.lengths([BREAD], ids).reply
+        rows = [format.rows([BREAD])[0] or () for format in (one.format, other.format)]
+        assert first.tolist() == [[row.reply_tokens for row in rows[0]]]
+        assert second.tolist() == [[row.reply_tokens for row in rows[1]]]
+        assert first.tolist() != second.tolist()
+
+    def test_the_model_type_decides_the_class(self, tmp_path: Path) -> None:
+        one = self.word_pieces(tmp_path / "one", [])
+        before = one.key
+        (one.folder / "config.json").write_text('{"model_type": "gpt2", "n_layer": 3}')
+        after = Tokenization("one", one.folder, "plain").key
+        assert before != after
+        (one.folder / "config.json").write_text('{"model_type": "gpt2", "n_layer": 4}')
+        assert Tokenization("one", one.folder, "plain").key == after
+
+    def test_counts_of_an_older_format_are_passed_over_with_a_word(
+        self, tiny7_dir: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        caplog.set_level("INFO")
+        tokenizer = Tokenization("x", tiny7_dir / "tiny-neox")
+        old = {"format": tokenizer.fingerprint}
+        table = Table.open("lengths", "x", old, {"reply": "i4"})
+        ids = reply_ids([BREAD])
+        table.append(ids, {"reply": np.full(ids.shape, 7)})
+        assert 7 not in tokenizer.lengths([BREAD], ids).reply
+        assert "x: tokens are counted anew, since counts in an older format" in caplog.text
+        caplog.clear()
+        tokenizer.lengths([BREAD], ids)
+        assert not caplog.text
+
+
 def test_a_reply_that_nothing_precedes_is_not_scorable(
     tiny7_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MRPO_LAB_CACHE", str(tmp_path))
-    file = tmp_path / "reply_only.jinja"
-    file.write_text("{{ messages[-1]['content'] if messages[-1]['role'] == 'assistant' }}")
+    file = tmp_path / "contents_only.jinja"
+    file.write_text("{% for m in messages %}{{ m['content'] }}{% endfor %}")
     tokenizer = Tokenization("x", tiny7_dir / "tiny-neox", str(file))
-    lengths = tokenizer.lengths([BREAD], reply_ids([BREAD]))
-    assert [row.reply_tokens > 0 for row in one(tokenizer.format, BREAD)] == [True, True]
+    empty = Item((user(""),), BREAD.replies)
+    lengths = tokenizer.lengths([empty], reply_ids([empty]))
+    assert [row.reply_tokens > 0 for row in one(tokenizer.format, empty)] == [True, True]
     assert lengths.reply.tolist() == [[0, 0]]

@@ -92,6 +92,67 @@ FORMS: dict[str, tuple[dict[str, Any], tuple[Any, ...]]] = {
         {"chosen": f"\n\n{HUMAN} {REPLIES[0]}", "rejected": f"\n\n{HUMAN} {REPLIES[1]}"},
         (HELLO, HI, ASK),
     ),
+    "a transcript prompt, whole transcripts": (
+        {
+            "prompt": HUMAN,
+            "chosen": f"\n\n{HUMAN} {REPLIES[0]}",
+            "rejected": f"{HUMAN} {REPLIES[1]}",
+        },
+        (HELLO, HI, ASK),
+    ),
+    "the last question, whole transcripts": (
+        {
+            "prompt": "Bread?",
+            "chosen": f"{HUMAN} {REPLIES[0]}",
+            "rejected": f"{HUMAN} {REPLIES[1]}",
+        },
+        (HELLO, HI, ASK),
+    ),
+    "PKU with whole transcripts": (
+        {
+            "prompt": "Bread?",
+            "response_0": f"Human: Bread?\n\nAssistant: {REPLIES[0]}",
+            "response_1": f"Human: Bread?\n\nAssistant: {REPLIES[1]}",
+            "better_response_id": 0,
+        },
+        (ASK,),
+    ),
+    "a prompt list, conversations without its system message": (
+        {"prompt": list(TURNS), "chosen": [*TURNS[1:], GOOD], "rejected": [*TURNS[1:], BAD]},
+        TURNS,
+    ),
+    "a prompt list, the last question again": (
+        {"prompt": list(TURNS), "chosen": [ASK, GOOD], "rejected": [ASK, BAD]},
+        TURNS,
+    ),
+    "a system message, then conversations": (
+        {"prompt": [SYSTEM], "chosen": [HELLO, HI, ASK, GOOD], "rejected": [HELLO, HI, ASK, BAD]},
+        TURNS,
+    ),
+    "the last question, conversations with a system message": (
+        {"prompt": "Bread?", "chosen": [*TURNS, GOOD], "rejected": [*TURNS, BAD]},
+        TURNS,
+    ),
+    "the first turns, then conversations": (
+        {"prompt": [SYSTEM, HELLO, HI], "chosen": [ASK, GOOD], "rejected": [ASK, BAD]},
+        TURNS,
+    ),
+    "conversations with other white space": (
+        {
+            "prompt": [SYSTEM, {"role": "user", "content": "Bread? \r\n"}],
+            "chosen": [ASK, GOOD],
+            "rejected": [ASK, BAD],
+        },
+        (SYSTEM, {"role": "user", "content": "Bread? \r\n"}),
+    ),
+    "an empty prompt, whole conversations": (
+        {"prompt": "", "chosen": [ASK, GOOD], "rejected": [ASK, BAD]},
+        (ASK,),
+    ),
+    "an empty list, whole conversations": (
+        {"prompt": [], "chosen": [ASK, GOOD], "rejected": [ASK, BAD]},
+        (ASK,),
+    ),
     "a transcript prompt, replies as lists": (
         {"prompt": HUMAN, "chosen": [GOOD], "rejected": [BAD]},
         (HELLO, HI, ASK),
@@ -120,6 +181,22 @@ class TestTranscripts:
         item = parse_item({"prompt": inside, "chosen": "a", "rejected": "b"}, "")
         said = {"role": "user", "content": "say\nAssistant: or Human: once"}
         assert item.prompt == (said, {"role": "assistant", "content": "ok"})
+
+    @pytest.mark.parametrize("end", ["\r\n", "\r", "\n"])
+    def test_line_ends_of_any_system(self, end: str) -> None:
+        text = HUMAN.replace("\n", end)
+        item = parse_item({"prompt": text, "chosen": "a", "rejected": "b"}, "")
+        assert item.prompt == (HELLO, HI, ASK)
+        row = {"chosen": f"{end}{end}{text} Yes.{end}", "rejected": f"{text} No."}
+        assert parse_item(row, "") == Item((HELLO, HI, ASK), ("Yes.", "No."))
+        within = f"Human: say{end}Assistant: or Human: once{end}{end}Assistant:"
+        item = parse_item({"prompt": within, "chosen": "a", "rejected": "b"}, "")
+        assert item.prompt == ({"role": "user", "content": f"say{end}Assistant: or Human: once"},)
+
+    def test_a_reply_that_is_a_dialogue_stays_one(self) -> None:
+        replies = ("Human: Knock!\n\nAssistant: Who is there?", "Human: Hm.\n\nAssistant: Hm?")
+        row = {"prompt": "Write a dialogue.", "chosen": replies[0], "rejected": replies[1]}
+        assert parse_item(row, "").replies == replies
 
     @given(
         st.lists(st.text(alphabet="abc .\n", min_size=1).map(str.strip).filter(bool), min_size=1)
@@ -160,6 +237,30 @@ WRONG: dict[str, tuple[Any, str]] = {
     "different prompts": (
         {"chosen": [HELLO, GOOD], "rejected": [ASK, BAD]},
         r"chosen must end in one .*prompt that both share, got \['user', 'assistant'\]",
+    ),
+    "a question that the conversations word otherwise": (
+        {
+            "prompt": [SYSTEM, {"role": "user", "content": "bread?"}],
+            "chosen": [ASK, GOOD],
+            "rejected": [ASK, BAD],
+        },
+        "the prompt, 'bread.', is not how the conversations begin, 'Bread.': leave one",
+    ),
+    "another system message": (
+        {"prompt": [HELLO, ASK], "chosen": [SYSTEM, ASK, GOOD], "rejected": [SYSTEM, ASK, BAD]},
+        "is not how the conversations begin",
+    ),
+    "transcripts of another question": (
+        {
+            "prompt": "Human: Bread, please?\n\nAssistant:",
+            "chosen": "Human: Bread?\n\nAssistant: a",
+            "rejected": "Human: Bread?\n\nAssistant: b",
+        },
+        "is not how the conversations begin",
+    ),
+    "one transcript, one reply": (
+        {"prompt": "Bread?", "chosen": "Human: Bread?\n\nAssistant: a", "rejected": "b"},
+        "chosen must end in one assistant reply",
     ),
     "which is better": (
         {"prompt": "a", "response_0": "b", "response_1": "c", "better_response_id": 2},
@@ -245,6 +346,9 @@ class TestFiles:
             ),
             ("a.json", b"[\n{},\n}]", r"a\.json: not valid JSON: .* at line 3 column 1"),
             ("a.json", b'{"prompt": 1}', "expected a list of objects, .* use .jsonl"),
+            ("a.json", b'{"prompt": 1}\r\n{"prompt": 2}\r\n', "expected a list .* use .jsonl"),
+            ("a.jsonl", b"1" * 5000, r"a\.jsonl line 1: JSON that .*4300 digits"),
+            ("a.jsonl", b"{}\n" + b"[" * 99999, r"a\.jsonl line 2: JSON that .*recursion"),
             ("a.jsonl", b'{"prompt": "caf\xe9"}\n', "damaged: 'utf-8' codec"),
             ("a.jsonl.gz", b"no gzip", "damaged: Not a gzipped file"),
             ("a.csv", b'prompt,chosen\r\n"a","b\r\n', "damaged: unexpected end of data"),
@@ -325,6 +429,43 @@ class TestFolders:
         for path in ("nowhere.jsonl", "./nowhere", "/nowhere", "a/b/c", "a.csv.gz"):
             with pytest.raises(UserError, match=f"there is no file or folder {path}$"):
                 list(read_rows(path))
+
+    def test_plain_files_of_which_one_is_damaged_or_different(self, tmp_path: Path) -> None:
+        text = WRITERS["jsonl"](ROWS)
+        for name, other, problem in (
+            ("broken", b"{oops\n", r"b\.jsonl line 1: not valid JSON: "),
+            ("packed", b"{oops\n", r"b\.jsonl\.gz line 1: not valid JSON: "),
+            (
+                "mixed",
+                b'{"prompt": "a", "extra": 1}\n',
+                r"a\.jsonl and .*b\.jsonl differ in their ",
+            ),
+            ("list", b"[1]\n", r"b\.jsonl line 1: expected an object, got list"),
+        ):
+            (tmp_path / name).mkdir()
+            (tmp_path / name / "a.jsonl").write_bytes(text)
+            packed = name == "packed"
+            file = tmp_path / name / ("b.jsonl.gz" if packed else "b.jsonl")
+            file.write_bytes(gzip.compress(other) if packed else other)
+            with pytest.raises(UserError, match=problem) as caught:
+                list(read_rows(str(tmp_path / name)))
+            assert "\n" not in str(caught.value)
+
+    def test_one_of_several_configurations(self, tmp_path: Path) -> None:
+        for name in ("short", "long"):
+            (tmp_path / name).mkdir()
+            rows = ROWS[:1] if name == "short" else ROWS
+            (tmp_path / name / "train.jsonl").write_bytes(WRITERS["jsonl"](rows))
+        entries = "".join(
+            f"- config_name: {n}\n  data_files: {n}/train.jsonl\n" for n in ("short", "long")
+        )
+        (tmp_path / "README.md").write_text(f"---\nconfigs:\n{entries}---\n")
+        data: dict[str, Any] = {"path": str(tmp_path), "train": None, "val": 1, "test": 1}
+        assert len(FileDataset(**data, config="short").read()) == 1
+        assert len(FileDataset(**data, config="long").read()) == 3
+        for config in (None, "middle"):
+            with pytest.raises(UserError, match=r"dataset\.config, from \['short', 'long'\]"):
+                FileDataset(**data, config=config).read()
 
     def test_damage_within(self, folder: Path) -> None:
         path = folder / "data" / "train_prefs-00000-of-00001.parquet"

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mrpo_lab.data.dataset import Dataset, FileDataset, Prepared, describe
+from mrpo_lab.data.dataset import Dataset, FileDataset, Prepared, describe, nearest_sum
 from mrpo_lab.data.ids import reply_ids
 from mrpo_lab.data.rows import Row
 from mrpo_lab.data.texts import Item
@@ -172,6 +172,15 @@ class TestFilters:
         assert prepared.counts["dropped_unscorable"] == 1
         assert dataset(pairs).prepare(items, tokenizers, rng).counts["dropped_unscorable"] == 0
 
+    def test_a_template_that_refuses_all_pairs_is_named(
+        self, tiny7_dir: Path, tmp_path: Path, tokenizers: list[Tokenization]
+    ) -> None:
+        file = tmp_path / "refuses.jinja"
+        file.write_text("{{ raise_exception('no') }}")
+        refusing = Tokenization("strict", tiny7_dir / "tiny-neox", str(file))
+        with pytest.raises(UserError, match=r"template of strict renders none of 12 pairs"):
+            prepare(dataset(some_pairs(12)), [*tokenizers, refusing])
+
     def test_what_templates_bend_is_counted(self, tokenizers: list[Tokenization]) -> None:
         pairs = some_pairs(12)
         items = list(dataset(pairs).read())
@@ -248,10 +257,64 @@ class TestOddities:
         trained = {texts(prepared)[i][0] for i in prepared.splits["train"]}
         tested = [texts(prepared)[i][0] for i in prepared.splits["test"]]
         assert prepared.counts["test_prompts_in_train"] == sum(p in trained for p in tested) > 0
+        assert prepared.counts["test_pairs_in_train"] == 0
+
+    def test_test_pairs_that_are_trained_on(self, tokenizers: list[Tokenization]) -> None:
+        """One prompt, and a third of the pairs is there twice."""
+        pairs = [("q", f"good {i % 40}", f"bad {i % 40}") for i in range(60)]
+        data = dataset(pairs, val=0.1, test=0.3, drop_duplicates=False)
+        prepared = prepare(data, tokenizers, seed=3)
+        trained = {texts(prepared)[i] for i in prepared.splits["train"]}
+        tested = [texts(prepared)[i] for i in prepared.splits["test"]]
+        shared = sum(pair in trained for pair in tested)
+        assert prepared.counts["test_pairs_in_train"] == shared > 0
+        assert prepared.counts["test_prompts_in_train"] == len(tested) > shared
+
+    @pytest.mark.parametrize("identical", [True, False])
+    def test_replies_that_a_template_makes_the_same(
+        self, tokenizers: list[Tokenization], identical: bool
+    ) -> None:
+        """gemma2's template trims; neox and qwen3 keep all white space."""
+        pairs = [
+            ("q1", "yes", "yes \n"),
+            ("q2", "yes", " no"),
+            ("q3", "  ", "\n"),
+            ("q4", "yes", "yes"),
+        ]
+        data = dataset([*pairs, *some_pairs(6)], drop_identical=identical)
+        prepared = prepare(data, tokenizers)
+        assert prepared.counts["identical_after_template"] == 2
+        kept = [pairs[1]] if identical else pairs
+        assert texts(prepared) == [*kept, *some_pairs(6)]
+        assert prepared.counts.get("dropped_identical_after_template", 0) == 2 * identical
+        keeping = prepare(data, tokenizers[:2])
+        assert keeping.counts["identical_after_template"] == 0
+
+    def test_splitting_by_prompt_leaks_nothing(self, tokenizers: list[Tokenization]) -> None:
+        pairs = [(f"q{i % 20}", f"good {i % 30}", f"bad {i % 30}") for i in range(90)]
+        prepared = prepare(dataset(pairs, val=0.1, test=0.3, drop_duplicates=False), tokenizers)
+        trained, tested = (
+            [texts(prepared)[i] for i in prepared.splits[name]] for name in ("train", "test")
+        )
+        assert prepared.counts["test_pairs_in_train"] == sum(p in trained for p in tested) > 0
+        prompts = {pair[0] for pair in trained}
+        assert prepared.counts["test_prompts_in_train"] == sum(p[0] in prompts for p in tested)
+        apart = prepare(
+            dataset(pairs, val=0.1, test=0.3, drop_duplicates=False, split_by="prompt"), tokenizers
+        )
+        assert apart.counts["test_prompts_in_train"] == apart.counts["test_pairs_in_train"] == 0
 
     def test_are_described_without_the_zeros(self) -> None:
         counts = {"rows": 3048, "duplicates": 0, "empty_replies": 5}
         assert describe(counts) == "rows 3,048, empty replies 5"
+
+
+def nearest(sizes: list[int], wanted: int) -> int:
+    """The smallest distance to ``wanted`` of any sum of at least one of the sizes."""
+    sums = {0}
+    for size in sizes:
+        sums |= {one + size for one in sums}
+    return min(abs(one - wanted) for one in sums - {0})
 
 
 class TestPoolAndSplits:
@@ -306,6 +369,61 @@ class TestPoolAndSplits:
         assert few["test"].tolist() == many["test"].tolist()
         assert few["train"].tolist() == many["train"].tolist()[:4]
 
+    @given(
+        st.lists(st.integers(1, 6), min_size=3, max_size=40),
+        st.none() | st.integers(1, 30),
+        st.integers(1, 20),
+        st.integers(1, 20),
+        st.integers(0, 3),
+    )
+    def test_split_by_prompt(
+        self, groups: list[int], train: int | None, val: int, test: int, seed: int
+    ) -> None:
+        prompts = np.repeat(np.arange(len(groups)), groups)
+        prompts = np.random.default_rng(1).permutation(prompts)
+        data = dataset([], train=train, val=val, test=test, split_by="prompt")
+        try:
+            splits = data._split_prompts(prompts, np.random.default_rng(seed))
+        except UserError:
+            assert (train or 1) + val + test > len(prompts) - 3 * max(groups)
+            return
+        again = data._split_prompts(prompts, np.random.default_rng(seed))
+        found = {name: set(prompts[indices].tolist()) for name, indices in splits.items()}
+        assert not found["train"] & found["test"] | found["train"] & found["val"]
+        assert not found["val"] & found["test"]
+        for name, indices in splits.items():
+            assert indices.tolist() == again[name].tolist()
+            assert (
+                len(set(indices.tolist()))
+                == len(indices)
+                == np.isin(prompts, prompts[indices]).sum()
+            )
+        assert abs(len(splits["test"]) - test) == nearest(groups, test)
+        if train is None:
+            assert sum(map(len, splits.values())) == len(prompts)
+        else:
+            more = dataset([], train=None, val=val, test=test, split_by="prompt")
+            rest = more._split_prompts(prompts, np.random.default_rng(seed))
+            assert rest["test"].tolist() == splits["test"].tolist()
+            assert rest["val"].tolist() == splits["val"].tolist()
+
+    def test_sums_of_many(self) -> None:
+        sizes = np.random.default_rng(0).integers(1, 5, 30_000).tolist()
+        for wanted in (1, 5000, 60_001):
+            picked = nearest_sum(sizes, wanted)
+            assert len(set(picked)) == len(picked)
+            assert sum(sizes[i] for i in picked) == wanted
+        assert sorted(nearest_sum([1] * 9000, 6000)) == list(range(6000))
+
+    def test_split_by_prompt_differs_between_seeds_and_has_a_limit(self) -> None:
+        prompts = np.arange(60) // 2
+        data = dataset([], val=10, test=10, split_by="prompt")
+        drawn = [data._split_prompts(prompts, np.random.default_rng(seed)) for seed in range(3)]
+        assert len({tuple(splits["test"].tolist()) for splits in drawn}) == 3
+        assert all(len(splits["test"]) == 10 for splits in drawn)
+        with pytest.raises(UserError, match=r"split_by=prompt leaves nothing for .*only 1 prompts"):
+            data._split_prompts(np.zeros(60), np.random.default_rng(0))
+
     def test_too_few(self, tokenizers: list[Tokenization]) -> None:
         pairs = some_pairs(9)
         with pytest.raises(UserError, match=r"pool is 10, but only 9 pairs .*\(rows 9, eligible 9"):
@@ -330,6 +448,7 @@ class TestPoolAndSplits:
             {"min_percentile": 50.0},
             {"min_percentile": -1.0},
             {"max_tokens": 1},
+            {"split_by": "pair"},
         ],
     )
     def test_impossible_values_are_named(self, wrong: dict[str, Any]) -> None:

@@ -117,6 +117,7 @@ class TestRows:
             ({"ratings": {"kind": [1, 2]}}, "ratings.kind: expected a list of 3 numbers"),
             ({"ratings": {"kind": [1, 2, "good"]}}, "ratings.kind: 'good' is no number"),
             ({"ratings": {"kind": [1, 2, math.inf]}}, "ratings.kind: inf is no number"),
+            ({"ratings": {"kind": [1, 2, 10**400]}}, "is no number or too large"),
             ({"completions": "x"}, "completions must be a list of objects"),
         ],
     )
@@ -207,6 +208,42 @@ class TestLists:
         assert found.counts["dropped_single_reply"] == 1
         assert all(item.replies[:2] == ("a", "b") for item in found.items)
         assert all(item.ratings["kind"] == (1, 2, 4) for item in found.items)
+
+    def test_replies_that_a_template_makes_the_same_are_kept_once(
+        self, tmp_path: Path, tiny7_dir: Path, tokenizers: list[Tokenization]
+    ) -> None:
+        """gemma2's template trims replies, the others keep their white space."""
+        path = tmp_path / "lists.jsonl"
+        lists = [
+            {
+                "prompt": f"q{i}?",
+                "responses": ["yes", "no", "yes ", "maybe"] if i % 2 else ["yes", " yes"],
+                "ratings": {"kind": [1, 2, 3, 4][: 4 if i % 2 else 2]},
+            }
+            for i in range(8)
+        ]
+        path.write_text("".join(json.dumps(row) + "\n" for row in lists))
+        trims = Tokenization("gemma2", tiny7_dir / "tiny-gemma2")
+        for identical, kept in (
+            (True, ("yes", "no", "maybe")),
+            (False, ("yes", "no", "yes ", "maybe")),
+        ):
+            data = ListDataset(path=str(path), train=None, val=1, test=1, drop_identical=identical)
+            found = data.prepare(data.read(), [*tokenizers, trims], np.random.default_rng(0))
+            assert found.counts["identical_after_template"] == 8
+            assert {item.replies for item in found.items if len(item.replies) > 2} == {kept}
+            if identical:
+                assert found.counts["repeated_replies_after_template"] == 8
+                assert found.counts["dropped_identical_after_template"] == 4
+                assert {item.ratings["kind"] for item in found.items} == {(1.0, 2.0, 4.0)}
+            else:
+                assert len(found.items) == 8
+
+    def test_transcripts_that_repeat_the_prompt(self) -> None:
+        replies = [f"\n\nHuman: Bread?\n\nAssistant: {reply}" for reply in PLAIN["responses"]]
+        for prompt in ("Bread?", "\n\nHuman: Bread?\n\nAssistant:"):
+            item = parse_list(PLAIN | {"prompt": prompt, "responses": replies}, "here")
+            assert item == parse_list(PLAIN, "here")
 
     def test_drawn_replies_depend_on_neither_order_nor_seed(
         self, tmp_path: Path, file: str, tokenizers: list[Tokenization]

@@ -134,7 +134,7 @@ def cases(draw: st.DrawFn, min_refs: int = 1) -> Case:
 
 def scored(ln: bool) -> tuple[Scores, Scores, Case]:
     """Scores of six pairs by the policy and three references, and their log-probabilities
-    per token (ln, length-normalised: -1.5 +- 0.2) or per reply (about -900), with a usual beta.
+    per token (ln, length-normalized: -1.5 +- 0.2) or per reply (about -900), with a usual beta.
     """
     generator = torch.Generator().manual_seed(4)
     counts = torch.randint(500, 700, (6, 4, 2), generator=generator)

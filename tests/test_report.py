@@ -14,13 +14,15 @@ import pytest
 import report_runs
 from harness import ROOT, TINY, train_py
 from report_runs import SLUGS, make_run, make_study
+from scipy import stats
 
 from mrpo_lab.report import measures, provenance
 from mrpo_lab.report.__main__ import main
-from mrpo_lab.report.comparisons import alpha_correlations, comparisons
+from mrpo_lab.report.comparisons import alpha_correlations, comparisons, own_accuracies
 from mrpo_lab.report.findings import findings
 from mrpo_lab.report.methods import Method
 from mrpo_lab.report.reading import RunRecord, read_run
+from mrpo_lab.report.statistics import resampled_t
 from mrpo_lab.report.study import Study, build_study
 from mrpo_lab.report.tables import accuracy, all_tables, comparison
 from mrpo_lab.runs.reading import find_runs
@@ -65,6 +67,9 @@ class TestReading:
             # The logistic link's weight, from its formula: sigmoid(-beta (d_policy - d_k)).
             weight = 1 / (1 + np.exp(5.0 * (record.pairs["margin"] - margins)))
             assert record.pairs[f"weight/{slug}"].to_numpy() == pytest.approx(weight, rel=1e-5)
+        prompts = record.pairs["prompt"]
+        assert prompts.str.fullmatch("[0-9a-f]{16}").all()
+        assert prompts.nunique() <= len(prompts)
         posterior = record.metrics.filter(regex="bandit/mean").iloc[-1].to_numpy()
         assert list(comparisons_alphas(record).values()) == pytest.approx(posterior)
 
@@ -247,6 +252,155 @@ class TestComparisons:
         assert (row.seeds, math.isnan(row.p_seeds), math.isnan(row.p_pairs)) == (1, True, False)
         assert main([str(tmp_path), "--out", str(tmp_path / "report")]) == 0
 
+    @pytest.mark.parametrize("seeds", [1, 3])
+    @pytest.mark.parametrize("new", [True, False])
+    def test_pair_that_a_test_set_holds_twice(self, tmp_path: Path, seeds: int, new: bool) -> None:
+        """Both copies are in all runs of a seed; old runs do not know prompts."""
+        for seed in range(seeds):
+            for weighting in ("uniform", "vaw"):
+                folder = make_run(tmp_path, weighting=weighting, seed=seed, gain=0.1)
+                pairs = pd.read_parquet(folder / "test_pairs.parquet")
+                pairs = pd.concat([pairs, pairs.iloc[[0, 0, 5]]], ignore_index=True)
+                if new:
+                    pairs["prompt"] = pairs["pair"].str[:-1]  # ten pairs of the pool share one
+                pairs.to_parquet(folder / "test_pairs.parquet")
+        table = study(tmp_path)
+        (row,) = comparisons(table, resamples=300).itertuples()
+        assert row.pairs == len(
+            {
+                pair
+                for record in table.records.values()
+                if record.pairs is not None
+                for pair in record.pairs["pair"]
+            }
+        )
+        assert row.prompts < row.pairs if new else row.prompts == row.pairs
+        assert 0 < row.p_pairs <= 1
+        assert main([str(tmp_path), "--out", str(tmp_path / "report")]) == 0
+
+    def test_prompt_is_one_observation(self, tmp_path: Path) -> None:
+        """Four pairs of one prompt that say the same are worth no more than one of them."""
+        for seed in range(3):
+            for weighting in ("uniform", "vaw"):
+                for repeats, name in ((1, "one"), (4, "four")):
+                    folder = make_run(tmp_path / name, weighting=weighting, seed=seed, gain=0.1)
+                    pairs = pd.read_parquet(folder / "test_pairs.parquet")
+                    pairs["prompt"] = pairs["pair"]
+                    parts = [pairs.assign(pair=pairs["pair"] + "abcd"[i]) for i in range(repeats)]
+                    pd.concat(parts).to_parquet(folder / "test_pairs.parquet")
+        (one,), (four,) = (
+            comparisons(study(tmp_path / name), resamples=300).itertuples()
+            for name in ("one", "four")
+        )
+        assert four.pairs == 4 * one.pairs
+        for column in ("prompts", "low", "high", "p", "p_pairs", "low_pairs", "detectable"):
+            assert getattr(four, column) == pytest.approx(getattr(one, column), abs=1e-6), column
+
+    def test_pairs_that_one_method_alone_tests_do_not_enter(self, tmp_path: Path) -> None:
+        for seed in range(2):
+            make_run(tmp_path, weighting="uniform", seed=seed)
+            folder = make_run(tmp_path, weighting="vaw", seed=seed, gain=0.1)
+            pairs = pd.read_parquet(folder / "test_pairs.parquet")
+            pairs.loc[0, "pair"] = "another"
+            pairs.to_parquet(folder / "test_pairs.parquet")
+        (row,) = comparisons(study(tmp_path), resamples=300).itertuples()
+        paths = tmp_path.glob("study/*/*/mdpo-vaw*/*/test_pairs.parquet")
+        named = set().union(*(pd.read_parquet(path)["pair"] for path in paths))
+        assert row.pairs == len(named - {"another"})
+
+    def test_interval_and_p_are_of_one_test_and_detectable_is_beyond_it(
+        self, rectangle: Path
+    ) -> None:
+        rows = comparisons(study(rectangle), resamples=500)
+        excluded = (rows["low"] > 0) | (rows["high"] < 0)
+        assert list(excluded) == list(rows["p"] < 0.05)
+        assert (rows["high"] - rows["low"] > 0.8 * (rows["high_pairs"] - rows["low_pairs"])).any()
+        assert (rows["detectable"] > (rows["high_pairs"] - rows["low_pairs"]) / 2).all()
+        assert (rows["p_holm"] >= rows["p"]).all()
+
+    def test_seeds_share_only_what_the_pool_makes_them_share(self, tmp_path: Path) -> None:
+        """With little training, test / train is far more than test / (pool - test)."""
+        for seed in range(3):
+            for weighting in ("uniform", "vaw"):
+                make_run(tmp_path, weighting=weighting, seed=seed, gain=0.1, dataset__train=20)
+        table = study(tmp_path)
+        runs = table.compared.set_index(["weighting", "seed"])["test"]
+        by_seed = runs["vaw"] - runs["uniform"]
+        (row,) = comparisons(table, resamples=300).itertuples()
+        for pool in (220, 700):
+            for path in tmp_path.rglob("result.json"):
+                result = json.loads(path.read_text())
+                result["counts"] |= {"eligible": 700} if pool == 700 else {}
+                path.write_text(json.dumps(result))
+            (row,) = comparisons(study(tmp_path), resamples=300).itertuples()
+            assert row.p_seeds == resampled_t(by_seed.tolist(), 100 / (pool - 100)).p
+
+    def test_one_seed_says_nothing_of_another(self, tmp_path: Path) -> None:
+        make_run(tmp_path, weighting="uniform")
+        make_run(tmp_path, weighting="vaw", gain=0.35)
+        table = study(tmp_path)
+        compared = comparisons(table, resamples=300)
+        (row,) = compared.itertuples()
+        assert math.isnan(row.p)
+        assert math.isnan(row.low)
+        assert row.low_pairs > 0.1
+        text = said(findings(table, {"comparisons": compared}))
+        assert "another seed cannot be judged" in text
+        assert "these trained models alone: better: mdpo · vaw." in text
+
+    @pytest.mark.parametrize(
+        ("counts", "expected"),
+        [
+            ([{}], None),
+            ([{"test_prompts_in_train": 0}], "did not count how many are in train themselves"),
+            (
+                [{"test_prompts_in_train": 1, "test_pairs_in_train": 0}],
+                "1.0 % of the test pairs have a prompt that is also in train; 0.0 % are in train",
+            ),
+            (
+                [{"test_prompts_in_train": 2, "test_pairs_in_train": 0}],
+                "Warning, leakage: 2.0 % of the test pairs",
+            ),
+            (
+                [
+                    {"test_prompts_in_train": 0, "test_pairs_in_train": 0},
+                    {"test_prompts_in_train": 5, "test_pairs_in_train": 3},
+                ],
+                "Warning, leakage: 0.0 to 5.0 % of the test pairs have a prompt that is also in "
+                "train; 0.0 to 3.0 % are in train themselves.",
+            ),
+        ],
+    )
+    def test_leakage_is_stated(
+        self, tmp_path: Path, counts: list[dict[str, int]], expected: str | None
+    ) -> None:
+        for seed, found in enumerate(counts):
+            path = make_run(tmp_path, seed=seed) / "result.json"
+            path.write_text(json.dumps(json.loads(path.read_text()) | {"counts": found}))
+        text = said(findings(study(tmp_path), {}))
+        if expected is None:
+            assert "in train" not in text
+        else:
+            assert expected in text
+            assert ("Warning" in text) == expected.startswith("Warning")
+
+    def test_rewards_of_arms_are_counted_over_seeds(self, tmp_path: Path) -> None:
+        counts = np.zeros((len(SLUGS), 2))
+        for seed in range(3):
+            folder = make_run(tmp_path, weighting="tsw", seed=seed, steps=60)
+            for line in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()):
+                if "bandit/arm" in line:
+                    reward = line["bandit/probe_after"] > line["bandit/probe_before"]
+                    counts[int(line["bandit/arm"]), int(reward)] += 1
+        make_run(tmp_path, weighting="vaw")
+        (row,) = measures.bandit_rewards(study(tmp_path)).itertuples()
+        expected = stats.chi2_contingency(counts, correction=False)
+        assert (row.method, row.steps, row.arms) == ("mdpo · tsw", 180, 7)
+        assert (row.chi_square, row.degrees, row.p) == pytest.approx(
+            (expected.statistic, expected.dof, expected.pvalue)
+        )
+        assert row.rewarded == pytest.approx(counts[:, 1].sum() / 180)
+
     def test_runs_without_pairs_are_compared_by_seed(self, tmp_path: Path) -> None:
         for seed in range(3):
             for weighting in ("uniform", "vaw"):
@@ -255,6 +409,8 @@ class TestComparisons:
         (row,) = comparisons(study(tmp_path)).itertuples()
         assert math.isnan(row.p_pairs)
         assert not math.isnan(row.p_seeds)
+        assert row.p == row.p_seeds
+        assert row.low < row.difference < row.high
 
     def test_alpha_against_accuracy(self, rectangle: Path) -> None:
         """References rise in accuracy by their place, and so does the weight of all but uniform."""
@@ -263,6 +419,16 @@ class TestComparisons:
         assert table.loc["mdpo · uniform", "why"] == "all weights or all accuracies are equal"
         row = table.loc["mdpo · vaw"]
         assert row["tau"] > 0.6
+        linear = [
+            stats.pearsonr(list(x.values()), list(y.values())).statistic
+            for x, y in (
+                (comparisons_alphas(record), own_accuracies(record))
+                for record in study(rectangle).records.values()
+                if "/mdpo-vaw-" in record.name
+            )
+        ]
+        assert row["pearson"] == pytest.approx(np.mean(linear))
+        assert row["pearson_se"] == pytest.approx(stats.sem(linear))
         assert row["p_greater"] < row["p_two_sided"] < row["p_one_matching"] < 0.05
 
 

@@ -15,7 +15,7 @@ from report_runs import make_run
 
 from mrpo_lab.errors import UserError
 from mrpo_lab.report.__main__ import main
-from mrpo_lab.report.comparisons import alpha_correlations, comparisons
+from mrpo_lab.report.comparisons import alpha_correlations, alphas, comparisons
 from mrpo_lab.report.published import read_published
 from mrpo_lab.report.reading import read_run
 from mrpo_lab.report.study import Study, build_study
@@ -76,8 +76,42 @@ class TestPublished:
         (tmp_path / "t.csv").write_text(rows + "tsw,uf,mdpo,seed 3,61.5,0.4,0.6\n")
         ((record, choice),) = read_published(tmp_path / "t.csv")
         assert record.result["test/accuracy"] == pytest.approx(0.615)
-        assert record.result["references"]["b"] == {"mean_alpha": 0.6}
+        assert record.result["references"]["b"] == {"posterior_mean": 0.6}
+        assert alphas(record) == {"a": 0.4, "b": 0.6}
         assert (choice.seed, choice.references) == (3, ("a", "b"))
+
+    @pytest.mark.parametrize("posterior_first", [True, False])
+    def test_alpha_and_posterior_of_the_same_references(
+        self, tmp_path: Path, posterior_first: bool
+    ) -> None:
+        """Rows of Thompson sampling have posteriors, all others alpha, and one may have both."""
+        rows = pd.DataFrame(
+            {
+                "method": ["vaw", "tsw", "tsw"],
+                "dataset": "d",
+                "base": ["mdpo", "mdpo", "mrpo"],
+                "seed": 0,
+                "final_test_acc": 0.6,
+                **{f"alpha_{s}": [n, n + 3, np.nan] for n, s in enumerate("abc", start=1)},
+                **{f"posterior_{s}": [np.nan, n, n] for n, s in enumerate("abc", start=7)},
+                **{f"accuracy_{s}": 0.5 for s in "abc"},
+                **{f"reference_accuracy_{s}": np.nan for s in "abc"},
+            }
+        )
+        if posterior_first:
+            rows = rows[sorted(rows, key=lambda name: not name.startswith("posterior"))]
+        rows.to_csv(tmp_path / "t.csv", index=False)
+        records = [record for record, _ in read_published(tmp_path / "t.csv")]
+        assert [list(alphas(record).values()) for record in records] == [
+            [1, 2, 3],
+            [7, 8, 9],
+            [7, 8, 9],
+        ]
+        assert records[1].result["references"]["a"] == {
+            "mean_alpha": 4,
+            "posterior_mean": 7,
+            "test_accuracy": 0.5,
+        }
 
     @pytest.mark.parametrize(
         ("text", "message"),

@@ -6,13 +6,18 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
+from harness import ROOT
 from scipy import stats
 
+from mrpo_lab.report.simulation import Setting, errors, main, simulate
 from mrpo_lab.report.statistics import (
+    chi_square,
     clustered_bootstrap,
+    crossed_t,
     holm,
     kendall_null,
     mean_tau_test,
+    pearson,
     resampled_t,
     sign_flip_p,
     smallest_detectable,
@@ -225,6 +230,132 @@ class TestBootstrap:
         drawn = clustered_bootstrap(np.concatenate([one, -one], -1), np.random.default_rng(3), 300)
         assert drawn[:, 0] == pytest.approx(-drawn[:, 1])
 
+    def test_pairs_of_one_prompt_are_drawn_together(self) -> None:
+        """Pairs that repeat each other four times are worth no more than one of them."""
+        values = np.random.default_rng(0).choice([-1.0, 0.0, 1.0], 300)
+        once = clustered_bootstrap(values[:, None, None], np.random.default_rng(1), 2000)
+        clusters = np.repeat(np.arange(300), 4)
+        four = np.repeat(values, 4)[:, None, None]
+        drawn = clustered_bootstrap(four, np.random.default_rng(1), 2000, clusters)
+        assert drawn == pytest.approx(once, abs=1e-6)
+
+    def test_comparisons_may_test_different_pairs(self) -> None:
+        values = np.full((40, 1, 2), np.nan)
+        values[:20, 0, 0], values[20:, 0, 1] = 1.0, -1.0
+        drawn = clustered_bootstrap(values, np.random.default_rng(0), 250)
+        assert drawn == pytest.approx(np.broadcast_to([1.0, -1.0], (250, 2)))
+
+
+class TestCrossed:
+    """Seeds and pairs as two crossed sources of chance."""
+
+    def test_test_sets_without_overlap_leave_the_t_test_of_seeds(self) -> None:
+        rng = np.random.default_rng(0)
+        table = np.full((300, 3), np.nan)
+        for seed in range(3):
+            table[100 * seed : 100 * (seed + 1), seed] = rng.choice([-1.0, 0, 1], 100) + seed
+        test, theirs = crossed_t(table), stats.ttest_1samp(np.nanmean(table, axis=0), 0.0)
+        assert (test.degrees, test.p) == pytest.approx((2, theirs.pvalue))
+        assert test.interval() == pytest.approx(tuple(theirs.confidence_interval()))
+
+    def test_seeds_that_all_say_the_same_leave_the_t_test_of_pairs(self) -> None:
+        values = np.random.default_rng(0).choice([-1.0, 0.0, 1.0], 300, p=[0.2, 0.5, 0.3])
+        test, theirs = crossed_t(np.tile(values[:, None], 3)), stats.ttest_1samp(values, 0.0)
+        assert (test.degrees, test.p) == pytest.approx((299, theirs.pvalue))
+
+    def test_complete_table_has_the_variance_of_the_crossed_analysis_of_variance(self) -> None:
+        """(MS seeds + MS pairs - MS residual) / (N S), Clark's (1973) quasi-F."""
+        rng = np.random.default_rng(1)
+        table = rng.normal(size=(60, 1)) + 0.4 * rng.normal(size=(1, 4)) + rng.normal(size=(60, 4))
+        pairs, seeds = table.shape
+        rows, columns, mean = table.mean(1), table.mean(0), table.mean()
+        residuals = table - rows[:, None] - columns + mean
+        residual = (residuals**2).sum() / ((pairs - 1) * (seeds - 1))
+        squares = pairs * columns.var(ddof=1) + seeds * rows.var(ddof=1) - residual
+        expected = math.sqrt(squares / (pairs * seeds))
+        assert crossed_t(table).standard_error == pytest.approx(expected)
+
+    def test_pairs_that_repeat_each_other_count_once_if_they_share_a_prompt(self) -> None:
+        table = overlapping(np.random.default_rng(2), effect=0.05, seeds=3)
+        tested = table[np.isfinite(table).any(1)]
+        four = np.repeat(tested, 4, axis=0)
+        once, clusters = crossed_t(tested), np.repeat(np.arange(len(tested)), 4)
+        assert crossed_t(four, clusters) == once
+        assert crossed_t(four).standard_error < once.standard_error
+
+    def test_few_pairs_on_which_all_seeds_agree_by_chance(self) -> None:
+        """Every seed sees one pair of six: no seed differs, and yet little is known."""
+        table = np.full((18, 3), np.nan)
+        for seed in range(3):
+            table[6 * seed : 6 * (seed + 1), seed] = [1, 0, 0, 0, 0, 0]
+        test = crossed_t(table)
+        assert test.mean == pytest.approx(1 / 6)
+        assert test.p > 0.05
+
+    def test_what_cannot_be_said_is_nan(self) -> None:
+        for table in (np.ones((9, 1)), np.full((5, 3), np.nan), np.ones((1, 3)), np.ones((0, 3))):
+            assert math.isnan(crossed_t(table).p)
+        assert crossed_t(np.zeros((9, 3))).p == 1.0
+        assert math.isnan(crossed_t(np.ones((9, 3))).p)  # no spread at all to judge by
+
+    @pytest.mark.parametrize("seeds", [3, 5])
+    @pytest.mark.parametrize("noise", [0.0, 0.03])
+    def test_errs_as_often_as_promised(self, seeds: int, noise: float) -> None:
+        """With and without training noise; the test over pairs alone takes noise for an effect."""
+        setting = Setting(seeds, noise, pool=1400, test=200)
+        rates = errors(setting, SIMULATIONS, np.random.default_rng(seeds))
+        allowed = 3 * math.sqrt(0.05 * 0.95 / SIMULATIONS)
+        assert 0.01 <= rates["p"] <= 0.05 + allowed
+        assert abs(rates["coverage"] - 0.95) <= allowed + 0.01
+
+    def test_pairs_alone_take_training_noise_for_an_effect(self) -> None:
+        setting = Setting(5, 0.06, pool=1400, test=200)
+        rates = errors(setting, SIMULATIONS, np.random.default_rng(1))
+        assert rates["p"] <= 0.05 + 3 * math.sqrt(0.05 * 0.95 / SIMULATIONS)
+        assert rates["p (pairs)"] > 4 * rates["p"]
+
+    def test_simulated_studies_have_the_effect_that_they_say(self) -> None:
+        rng = np.random.default_rng(0)
+        drawn = [np.nanmean(simulate(Setting(3, 0.02), 0.03, rng)) for _ in range(100)]
+        assert np.mean(drawn) == pytest.approx(0.03, abs=4 * np.std(drawn) / 10)
+        table = simulate(Setting(3, 0.0, per_prompt=4), 0.0, rng)
+        by_prompt = np.isfinite(table).reshape(-1, 4, 3)
+        assert (by_prompt.all(1) == by_prompt.any(1)).all()
+        assert np.isfinite(table).sum(0).tolist() == [1000, 1000, 1000]
+
+    def test_script_prints_the_table_of_the_page(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["--studies", "2"]) == 0
+        printed = capsys.readouterr().out.splitlines()
+        page = (ROOT / "docs" / "report.md").read_text().splitlines()
+        settings = [line.split(" | ")[:3] for line in printed[2:]]
+        assert (
+            settings
+            == [line.split(" | ")[:3] for line in page[page.index(printed[1]) + 1 :]][
+                : len(settings)
+            ]
+        )
+
+
+class TestArms:
+    def test_chi_square_is_the_formula(self) -> None:
+        counts = np.array([[30, 20], [25, 35], [0, 0], [10, 30]])
+        kept = counts[[0, 1, 3]]
+        expected = np.outer(kept.sum(1), kept.sum(0)) / kept.sum()
+        statistic = ((kept - expected) ** 2 / expected).sum()
+        test = chi_square(counts)
+        assert (test.statistic, test.degrees) == pytest.approx((statistic, 2))
+        assert test.p == pytest.approx(stats.chi2.sf(statistic, 2))
+        assert test.smallest_expected == pytest.approx(expected.min())
+
+    @pytest.mark.parametrize("counts", [[[3, 4]], [[3, 0], [5, 0]], [[0, 0], [0, 0]]])
+    def test_nothing_to_test(self, counts: list[list[int]]) -> None:
+        assert math.isnan(chi_square(np.array(counts)).p)
+
+    def test_pearson(self) -> None:
+        x, y = [0.1, 0.2, 0.7], [0.5, 0.6, 0.9]
+        assert pearson(x, y) == pytest.approx(np.corrcoef(x, y)[0, 1])
+        assert math.isnan(pearson([1 / 3, 1 / 3, 1 / 3 + 1e-16], y))
+
 
 class TestSeeds:
     def test_without_overlap_it_is_the_t_test(self) -> None:
@@ -258,6 +389,13 @@ class TestManyComparisons:
         assert holm([0.5, math.nan, 0.01])[[0, 2]].tolist() == pytest.approx([0.5, 0.02])
         assert math.isnan(holm([math.nan])[0])
         assert len(holm([])) == 0
+
+    def test_smallest_detectable_with_few_degrees_of_freedom(self) -> None:
+        effect = smallest_detectable(0.02, degrees=4)
+        rng = np.random.default_rng(0)
+        errors = 0.02 * np.sqrt(rng.chisquare(4, 40_000) / 4)
+        p = 2 * stats.t.sf(np.abs(rng.normal(effect, 0.02, 40_000)) / errors, 4)
+        assert (p <= 0.05).mean() == pytest.approx(0.8, abs=0.03)  # Bloom's is an approximation
 
     @pytest.mark.parametrize("tests", [1, 10])
     def test_smallest_detectable_is_detected_four_times_in_five(self, tests: int) -> None:

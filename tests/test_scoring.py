@@ -82,7 +82,7 @@ SIDES: tuple[Side, ...] = ("right", "left")
 
 
 def build(model: Any) -> Any:
-    """``model`` with random weights, larger than an initialisation, so that mistakes show."""
+    """``model`` with random weights, larger than an initialization, so that mistakes show."""
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         if parameter.ndim > 1:

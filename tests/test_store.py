@@ -26,7 +26,7 @@ from mrpo_lab.data.rows import Row
 from mrpo_lab.data.texts import Item
 from mrpo_lab.embedded.synthetic import synthetic_rows
 from mrpo_lab.errors import UserError
-from mrpo_lab.models import references
+from mrpo_lab.models import references, stored_scores
 from mrpo_lab.models.policy import PolicyConfig
 from mrpo_lab.models.references import Reference, ReferenceSet
 from mrpo_lab.objective.scores import Scores
@@ -317,6 +317,30 @@ class TestReferences:
             two.use, two.token_budget, two.gate = ["mistral"], 17, "warn"
             vars(two).pop("members")
 
+    def test_sound_scores_of_format_1_are_taken_over(
+        self, two: ReferenceSet, scored: list[int], caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """Not those with a system message, with other numbers of tokens, or of a checkpoint that is
+        quantized by itself."""
+        items = pairs(0, 4)
+        system = {"role": "system", "content": "Be brief."}
+        items[1] = Item((system, *items[1].prompt), items[1].replies)
+        ids = reply_ids(items)
+        for reference in two.members:
+            counts = reference.tokenization.lengths(items, ids).reply.astype(np.int64)
+            counts[2, 1] += 1
+            key = {**reference.fingerprint(), "text": reference.tokenization.fingerprint}
+            former = Table.open("scores", "x", {**key, "format": 1}, {"sums": "f8", "counts": "i8"})
+            former.append(ids, {"sums": np.full(ids.shape, -7.25), "counts": counts})
+        with caplog.at_level(logging.INFO, logger="mrpo_lab"):
+            found = scores(two, items)
+        assert scored == [4, 4]  # two items of each
+        assert (found.sums[[0, 3]] == -7.25).all()
+        assert not (found.sums[[1, 2]] == -7.25).any()
+        lines = [line for line in caplog.messages if "computed again" in line]
+        assert len(lines) == 2
+        assert "scores of 2 items are computed again" in lines[0]
+
     def test_an_interrupted_filling_goes_on(
         self, two: ReferenceSet, scored: list[int], monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -367,7 +391,7 @@ class TestKey:
             content[-1] ^= 1
             (folder / name).write_bytes(content)
             keys.append(self.key(folder))
-        monkeypatch.setattr(references, "FORMAT", references.FORMAT + 1)
+        monkeypatch.setattr(stored_scores, "FORMAT", stored_scores.FORMAT + 1)
         keys.append(self.key(folder))
         assert len(set(keys)) == len(keys) == 13
 

@@ -29,7 +29,7 @@ class Prepared:
     items: Items
     """The pool of N items."""
     labels: Labels
-    """What is known of their replies."""
+    """Ratings and targets of their replies."""
     splits: Mapping[str, np.ndarray]
     """Indices into the pool for each of ``SPLITS``."""
     counts: dict[str, int]
@@ -67,9 +67,13 @@ class Dataset(ABC):
     """Drop pairs whose prompt is no longer than this percentile of the prompts' lengths, then pairs
     with such a reply."""
     drop_identical: bool = True
-    """Drop pairs whose replies are the same text, which no reference can tell apart."""
+    """Drop pairs whose replies are the same text, which no reference can tell apart, or become so
+    under the template of a model in use."""
     drop_duplicates: bool = True
     """Keep one of several equal pairs, so that none is in both the train and the test split."""
+    split_by: str | None = None
+    """``prompt`` puts all pairs of a prompt into one split, of sizes as near as can be to those
+    asked for; null splits pair by pair, as in the paper."""
 
     def __post_init__(self) -> None:
         sizes = {"train": self.train, "val": self.val, "test": self.test}
@@ -86,6 +90,8 @@ class Dataset(ABC):
             raise ValueError(f"min_percentile must be in [0, 50), got {self.min_percentile}")
         if self.max_tokens < 2:
             raise ValueError(f"max_tokens must be at least 2, got {self.max_tokens}")
+        if self.split_by not in (None, "prompt"):
+            raise ValueError(f"split_by must be null or prompt, got {self.split_by!r}")
 
     @abstractmethod
     def rows(self) -> Iterator[tuple[str, Row]]:
@@ -111,13 +117,18 @@ class Dataset(ABC):
         return Labels.of_pairs(len(items))
 
     def prepare(
-        self, items: Sequence[Item], tokenizers: Sequence[Tokenization], rng: np.random.Generator
+        self,
+        items: Sequence[Item],
+        tokenizers: Sequence[Tokenization],
+        rng: np.random.Generator,
+        positions: int | None = None,
     ) -> Prepared:
         """Filter the items, draw the pool, and split the pool with ``rng``.
 
         Args:
             items: what ``read`` returned.
             tokenizers: those of the policy and of all references; a pair must fit every one.
+            positions: smallest number of positions of these models; longer pairs are dropped.
 
         Raises:
             UserError: no pair is left, or too few for the pool or the splits.
@@ -125,7 +136,8 @@ class Dataset(ABC):
         counts: Counter[str] = Counter(rows=len(items))
         preprocessed = Items.from_iterable(self.preprocess(items, counts))
         distinct = self._distinct(preprocessed, counts)
-        keep = self._eligible(distinct, tokenizers, counts)
+        distinct = self._distinct_when_rendered(distinct, tokenizers, counts)
+        keep = self._eligible(distinct, tokenizers, counts, positions)
         counts["eligible"] = len(keep)
         if not len(keep):
             raise UserError(f"dataset: no pairs left after filtering: {describe(counts)}")
@@ -135,12 +147,16 @@ class Dataset(ABC):
                     f"dataset.pool is {self.pool}, but only {len(keep)} pairs are eligible "
                     f"({describe(counts)}): lower pool, train, val and test"
                 )
-            # With numpy's legacy generator, as in the paper's code, to draw the same pool.
+            # With numpy's legacy generator, as in the authors' code. It seeds once and draws the
+            # pools of three data sets in turn; of these, only HelpSteer2's can be drawn again here.
             draw = np.random.RandomState(self.pool_seed).choice(len(keep), self.pool, replace=False)
             keep = keep[draw]
         pool = distinct[keep]
-        splits = self._split(len(pool), rng)
-        counts["test_prompts_in_train"] = _shared_prompts(pool, splits)
+        if self.split_by is None:
+            splits = self._split(len(pool), rng)
+        else:
+            splits = self._split_prompts(pool.prompts, rng)
+        counts.update(count_leaks(pool, splits))
         return Prepared(pool, self.labels(pool), splits, dict(counts))
 
     def preprocess(self, items: Sequence[Item], counts: Counter[str]) -> Iterable[Item]:
@@ -158,11 +174,54 @@ class Dataset(ABC):
         counts["dropped_identical_or_duplicate"] = int(dropped.sum())
         return items[~dropped]
 
-    def _eligible(
+    def _distinct_when_rendered(
         self, items: Items, tokenizers: Sequence[Tokenization], counts: Counter[str]
+    ) -> Items:
+        """Count replies that differ as texts but not under some template; drop them where asked."""
+        again = np.zeros(
+            items.ids.shape, dtype=bool
+        )  # (N, R), whether an earlier reply is the same
+        for tokenizer in tokenizers:
+            measured = tokenizer.lengths(items, items.ids)
+            for later in range(1, items.ids.shape[-1]):
+                earlier = slice(0, later)
+                again[:, later] |= (
+                    (measured.digest[:, earlier] == measured.digest[:, [later]])
+                    & (measured.reply[:, earlier] > 0)
+                    & (measured.reply[:, [later]] > 0)
+                    & (items.ids[:, earlier] != items.ids[:, [later]])
+                ).any(-1)
+        counts["identical_after_template"] = int(again.any(-1).sum())
+        if not self.drop_identical or not again.any():
+            return items
+        return self.without_replies(items, again, counts)
+
+    def without_replies(self, items: Items, which: np.ndarray, counts: Counter[str]) -> Items:
+        """The items without some of their replies; a pair that lacks one is dropped.
+
+        Args:
+            which: (N, R) the replies to leave out.
+        """
+        dropped = np.asarray(which.any(-1))
+        counts["dropped_identical_after_template"] = int(dropped.sum())
+        return items[~dropped]
+
+    def _eligible(
+        self,
+        items: Items,
+        tokenizers: Sequence[Tokenization],
+        counts: Counter[str],
+        positions: int | None = None,
     ) -> np.ndarray:
         """Indices of the items that pass the filters of 2512.10040 (appendix), in its order."""
         measured = [tokenizer.lengths(items, items.ids) for tokenizer in tokenizers]
+        for tokenizer, m in zip(tokenizers, measured, strict=True):
+            if len(items) and not m.reply.any():
+                raise UserError(
+                    f"dataset: the chat template of {tokenizer.name} renders none of "
+                    f"{len(items)} pairs, since it refuses them or loses texts of their messages: "
+                    "give the model another template"
+                )
         prompts = np.stack([m.prompt.max(-1) for m in measured]).max(0)  # (N,)
         totals = np.stack([m.prompt + m.reply for m in measured]).max(0)  # (N, R)
         replies = np.stack([m.reply for m in measured])  # (tokenizers, N, R)
@@ -191,6 +250,8 @@ class Dataset(ABC):
             self.max_tokens,
         )
         drop("too_long", (totals[keep] <= self.max_tokens).all(-1))
+        if positions is not None and positions < self.max_tokens:
+            drop("longer_than_a_model", (totals[keep] <= positions).all(-1))
         return keep
 
     def reply_length_bound(self, lengths: np.ndarray, present: np.ndarray) -> np.ndarray:
@@ -206,6 +267,17 @@ class Dataset(ABC):
 
     def _split(self, size: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
         """Split the indices 0 to ``size`` - 1 at random."""
+        train, val, _, rest = self._sizes(size)
+        # Train from the front, test from the back: a smaller train leaves val and test unchanged.
+        order = rng.permutation(size)
+        return {
+            "train": order[:train],
+            "val": order[rest : rest + val],
+            "test": order[rest + val :],
+        }
+
+    def _sizes(self, size: int) -> tuple[int, int, int, int]:
+        """The sizes of train, val and test, and what val and test leave of ``size``."""
         val, test = (round(n * size) if n < 1 else int(n) for n in (self.val, self.test))
         rest = size - val - test
         share = self.train is not None and self.train < 1
@@ -217,13 +289,33 @@ class Dataset(ABC):
                 f"dataset: {size} eligible pairs are too few for train={self.train}, "
                 f"val={self.val}, test={self.test}: lower these sizes"
             )
-        # Train from the front, test from the back: a smaller train leaves val and test unchanged.
-        order = rng.permutation(size)
-        return {
-            "train": order[:train],
-            "val": order[rest : rest + val],
-            "test": order[rest + val :],
-        }
+        return train, val, test, rest
+
+    def _split_prompts(
+        self, prompts: np.ndarray, rng: np.random.Generator
+    ) -> dict[str, np.ndarray]:
+        """Split pairs at random so that all pairs of a prompt are in one split.
+
+        Args:
+            prompts: (N,) hashes of the prompts.
+        """
+        train, val, test, _ = self._sizes(len(prompts))
+        order = rng.permutation(len(prompts))
+        _, first, group = np.unique(prompts[order], return_index=True, return_inverse=True)
+        sizes, left = np.bincount(group), np.argsort(first)  # prompts, in the order of the draw
+        chosen = {}
+        for name, wanted in (("test", test), ("val", val), ("train", train)):
+            taken = left
+            if name != "train" or self.train is not None:
+                taken = left[nearest_sum(sizes[left].tolist(), wanted)]
+            left = left[~np.isin(left, taken)]
+            chosen[name] = order[np.isin(group, taken)]
+            if not len(chosen[name]):
+                raise UserError(
+                    f"dataset: split_by=prompt leaves nothing for {name}: {len(prompts)} pairs "
+                    f"have only {len(sizes)} prompts, up to {sizes.max()} pairs each"
+                )
+        return {name: chosen[name] for name in SPLITS}
 
 
 @dataclass(kw_only=True)
@@ -232,9 +324,11 @@ class FileDataset(Dataset):
 
     path: str
     split: str = "train"
+    config: str | None = None
+    """Configuration of a hub data set, or of a folder in its layout, that has several."""
 
     def rows(self) -> Iterator[tuple[str, Row]]:
-        return read_rows(self.path, self.split)
+        return read_rows(self.path, self.split, self.config)
 
 
 def describe(counts: Mapping[str, int]) -> str:
@@ -244,16 +338,51 @@ def describe(counts: Mapping[str, int]) -> str:
 
 def _seen_before(ids: np.ndarray) -> np.ndarray:
     """Whether each row equals an earlier one, (N,)."""
-    rows = np.ascontiguousarray(ids).view(f"S{ids.itemsize * ids.shape[1]}").reshape(-1)
-    seen = np.ones(len(rows), dtype=bool)
-    seen[np.unique(rows, return_index=True)[1]] = False
+    seen = np.ones(len(ids), dtype=bool)
+    seen[np.unique(_as_scalars(ids), return_index=True)[1]] = False
     return seen
 
 
-def _shared_prompts(items: Items, splits: Mapping[str, np.ndarray]) -> int:
-    """Number of test pairs whose prompt is also in the train split, and so is not new."""
-    trained, tested = (items.prompts[splits[name]] for name in ("train", "test"))
-    return int(np.isin(tested, trained).sum())
+def _as_scalars(ids: np.ndarray) -> np.ndarray:
+    """Each row of ids as one string, (N,)."""
+    return np.ascontiguousarray(ids).view(f"S{ids.itemsize * ids.shape[1]}").reshape(-1)
+
+
+def nearest_sum(sizes: Sequence[int], wanted: int) -> list[int]:
+    """Indices of ``sizes`` whose sum, greater than 0, is as near to ``wanted`` as can be.
+
+    They are the first ones but for the last few, which are chosen so that the sum fits.
+    """
+    largest, total, start = max(sizes, default=0), 0, 0
+    while start < len(sizes) and total + max(4096, 64 * largest) <= wanted:
+        total += sizes[start]
+        start += 1
+    gap = wanted - total
+    known = np.zeros(gap + largest + 1, dtype=bool)  # the sums that the others can have
+    last = np.zeros(len(known), dtype=int)  # by which of them each sum was reached first
+    known[0] = True
+    for index in range(start, len(sizes)):
+        if known[gap]:
+            break
+        new = np.flatnonzero(known[: -sizes[index]] & ~known[sizes[index] :]) + sizes[index]
+        known[new], last[new] = True, index
+    sums = [int(s) for s in np.flatnonzero(known) if s + total]
+    left = min(sums, key=lambda s: abs(s - gap), default=0)
+    picked = []
+    while left:
+        picked.append(int(last[left]))
+        left -= sizes[picked[-1]]
+    return [*range(start), *picked]
+
+
+def count_leaks(items: Items, splits: Mapping[str, np.ndarray]) -> dict[str, int]:
+    """How many test pairs have a prompt that is also in the train split, and how many are in it."""
+    trained, tested = splits["train"], splits["test"]
+    rows = _as_scalars(items.ids)
+    return {
+        "test_prompts_in_train": int(np.isin(items.prompts[tested], items.prompts[trained]).sum()),
+        "test_pairs_in_train": int(np.isin(rows[tested], rows[trained]).sum()),
+    }
 
 
 def _identical_after_truncation(

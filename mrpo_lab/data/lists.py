@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from mrpo_lab.data.dataset import SPLITS, FileDataset, Prepared
+from mrpo_lab.data.dataset import SPLITS, FileDataset, Prepared, count_leaks
 from mrpo_lab.data.ids import reply_ids
-from mrpo_lab.data.rows import Row, as_prompt, checked
+from mrpo_lab.data.rows import Row, as_prompt, checked, separate
 from mrpo_lab.data.spool import Items
 from mrpo_lab.data.texts import Item
 from mrpo_lab.data.tokenization import Tokenization
@@ -100,6 +100,22 @@ class ListDataset(FileDataset):
                 continue
             yield replace(item, replies=tuple(item.replies[i] for i in kept), ratings=ratings)
 
+    def without_replies(self, items: Items, which: np.ndarray, counts: Counter[str]) -> Items:
+        """The lists without some of their replies; a list that keeps one reply only is dropped."""
+        counts["repeated_replies_after_template"] = int(which.sum())
+
+        def kept() -> Iterator[Item]:
+            for item, out in zip(items, which, strict=True):
+                places = [i for i in range(len(item.replies)) if not out[i]]
+                if len(places) < 2:
+                    counts["dropped_identical_after_template"] += 1
+                    continue
+                ratings = {a: tuple(r[i] for i in places) for a, r in item.ratings.items()}
+                replies = tuple(item.replies[i] for i in places)
+                yield replace(item, replies=replies, ratings=ratings)
+
+        return Items.from_iterable(kept())
+
     def _distinct_replies(self, item: Item) -> list[int]:
         """Indices of the replies, each text's first; all indices unless ``drop_identical``."""
         if not self.drop_identical:
@@ -135,9 +151,13 @@ class ListDataset(FileDataset):
         return np.asarray(np.percentile(lengths[present], self.min_percentile))
 
     def prepare(
-        self, items: Sequence[Item], tokenizers: Sequence[Tokenization], rng: np.random.Generator
+        self,
+        items: Sequence[Item],
+        tokenizers: Sequence[Tokenization],
+        rng: np.random.Generator,
+        positions: int | None = None,
     ) -> Prepared:
-        lists = super().prepare(items, tokenizers, rng)
+        lists = super().prepare(items, tokenizers, rng, positions)
         return lists if self.pairs is None else self._as_pairs(lists)
 
     def _as_pairs(self, lists: Prepared) -> Prepared:
@@ -164,8 +184,10 @@ class ListDataset(FileDataset):
                 for better, worse in found:
                     yield Item(item.prompt, (item.replies[better], item.replies[worse]))
 
+        converted = Items.from_iterable(items())
         counts = {**lists.counts, "lists_all_tied": tied, "pairs": pairs}
-        return Prepared(Items.from_iterable(items()), Labels.of_pairs(pairs), splits, counts)
+        counts |= count_leaks(converted, splits)
+        return Prepared(converted, Labels.of_pairs(pairs), splits, counts)
 
     def _pairs(self, scores: Sequence[float]) -> Iterator[tuple[int, int]]:
         """Yield (better, worse) indices of one list's replies, given how far each is preferred."""
@@ -205,8 +227,9 @@ def parse_list(row: Row, where: str) -> Item:
         for aspect, values in ratings.items()
         if values is not None
     }
-    item = Item(as_prompt(given, where), tuple(replies), read)
-    return checked(item, where)
+    named = {f"responses[{i}]": reply for i, reply in enumerate(replies)}
+    prompt, texts = separate(list(as_prompt(given, where)), named, where)
+    return checked(Item(as_prompt(prompt, where), tuple(texts), read), where)
 
 
 def _completions(completions: Any, where: str) -> tuple[list[Any], dict[str, list[Any]]]:
@@ -233,10 +256,10 @@ def _number(value: Any, where: str) -> float:
         return math.nan
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = math.inf
     if math.isinf(number):
-        raise UserError(f"{where}: {value!r} is no number")
+        raise UserError(f"{where}: {repr(value)[:40]} is no number or too large")
     return number
 
 

@@ -6,7 +6,7 @@ import io
 import json
 import re
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +20,16 @@ ROLES = ("system", "user", "assistant")
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 
 
-def read_rows(path: str, split: str = "train") -> Iterator[tuple[str, Row]]:
+def read_rows(
+    path: str, split: str = "train", config: str | None = None
+) -> Iterator[tuple[str, Row]]:
     """Yield (where, row) from a local file, a local copy of a hub data set, or the hub.
 
     Args:
         path: a .jsonl, .json, .csv (each also .gz) or .parquet file, a folder in the hub's layout,
             or the name of a hub data set.
         split: the split of a hub data set; files have none.
+        config: the configuration of a hub data set that has several.
 
     Raises:
         UserError: ``path`` does not exist or cannot be read, or the hub cannot be reached.
@@ -35,7 +38,7 @@ def read_rows(path: str, split: str = "train") -> Iterator[tuple[str, Row]]:
     if local.is_file():
         yield from _file_rows(local)
     elif local.is_dir() or not _looks_local(path):
-        for index, row in enumerate(_hub_rows(path, split)):
+        for index, row in enumerate(_hub_rows(path, split, config)):
             yield f"{path}[{split}] row {index}", row
     else:
         raise UserError(f"dataset.path: there is no file or folder {path}")
@@ -49,13 +52,14 @@ def _looks_local(path: str) -> bool:
     )
 
 
-def _hub_rows(path: str, split: str) -> Iterator[Row]:
+def _hub_rows(path: str, split: str, config: str | None) -> Iterator[Row]:
     import datasets
     from datasets.exceptions import DatasetNotFoundError, DatasetsError
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
-    # They show downloads file by file.
+    # They show downloads file by file, and log what is raised as well.
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     folder = local_path(path)
     reason = None if folder.is_dir() else hub.use_cache_if_unreachable()
     try:
@@ -65,13 +69,53 @@ def _hub_rows(path: str, split: str) -> Iterator[Row]:
                 raise ValueError(f"there is none, choose from {', '.join(saved)}")
             rows = saved[split] if isinstance(saved, datasets.DatasetDict) else saved
         else:
-            rows = datasets.load_dataset(str(folder), split=split)
+            rows = datasets.load_dataset(str(folder), config, split=split)
     except (ConnectionError, OfflineModeIsEnabled, HfHubHTTPError, DatasetNotFoundError) as error:
         refusal = reason or f"the hub refused it ({first_line(error)})"
         raise hub.NotAtHandError(path, refusal) from error
     except (OSError, KeyError, ValueError, DatasetsError) as error:
-        raise UserError(f"dataset.path: {path}, split {split}: {first_line(error)}") from error
+        damage = folder.is_dir() and isinstance(error, DatasetsError) and _damage(folder)
+        problem = damage or _explained(error)
+        raise UserError(f"dataset.path: {path}, split {split}: {problem}") from error
     yield from rows
+
+
+def _explained(error: BaseException) -> str:
+    """An error of ``datasets`` in one line, with the cause that its message leaves out."""
+    text = str(error)
+    if "Config name is missing" in text or "BuilderConfig" in text:
+        choices = re.search(r"\[.*?\]", text, re.DOTALL)
+        return f"choose its configuration, dataset.config, from {choices[0] if choices else text}"
+    root = error
+    while root.__cause__ is not None and not isinstance(root, (ConnectionError, KeyError)):
+        root = root.__cause__
+    lines = dict.fromkeys([first_line(error), first_line(root)])
+    return ": ".join(lines)
+
+
+def _damage(folder: Path) -> str | None:
+    """Why ``datasets`` cannot read a folder's files as one table: which file is damaged, or which
+    two differ in their columns; None if neither is found."""
+    columns: dict[Path, list[str]] = {}
+    for file in sorted(folder.rglob("*")):
+        if not file.name.removesuffix(".gz").endswith((".jsonl", ".csv", ".parquet")):
+            continue
+        try:
+            for where, row in _file_rows(file):
+                if not isinstance(row, Mapping):
+                    return f"{where}: expected an object, got {type(row).__name__}"
+                columns.setdefault(file, list(row))
+        except UserError as error:
+            return str(error)
+    for file, names in columns.items():
+        first, expected = next(iter(columns.items()))
+        odd = sorted({*names} ^ {*expected})
+        if odd:
+            return (
+                f"{first} and {file} differ in their columns ({', '.join(odd)}): give one of the "
+                "files as dataset.path, or each its own configuration"
+            )
+    return None
 
 
 def _file_rows(path: Path) -> Iterator[tuple[str, Row]]:
@@ -105,7 +149,15 @@ def _jsonl(path: Path, text: io.TextIOWrapper) -> Iterator[tuple[str, Row]]:
 
 
 def _json(path: Path, text: io.TextIOWrapper) -> Iterator[tuple[str, Row]]:
-    rows = _loads(text.read(), str(path))
+    content = text.read()
+    try:
+        rows = _loads(content, str(path))
+    except UserError:
+        first = content.lstrip().partition("\n")[0]
+        if first.startswith("{") and first.rstrip().endswith("}"):  # one object a line
+            rows = None
+        else:
+            raise
     if not isinstance(rows, list):
         raise UserError(
             f"{path}: expected a list of objects, one a pair; for one a line use .jsonl"
@@ -129,6 +181,9 @@ def _loads(text: str, where: str) -> Any:
         raise UserError(
             f"{where}: not valid JSON: {error.msg} at line {error.lineno} column {error.colno}"
         ) from error
+    except (ValueError, RecursionError) as error:  # numbers of too many digits, too deep a nesting
+        problem = first_line(error).partition(";")[0]
+        raise UserError(f"{where}: JSON that cannot be read: {problem}") from error
 
 
 def parse_item(row: Row, where: str) -> Item:
@@ -154,28 +209,52 @@ def parse_item(row: Row, where: str) -> Item:
             f"{where}: no {' and no '.join(missing)}; columns are {', '.join(map(str, row))}; "
             "expected prompt, chosen, rejected or response_0, response_1, better_response_id"
         )
-    chosen, rejected = (_conversation(row[key], key, where) for key in ("chosen", "rejected"))
     given = row.get("prompt")
-    if given is None or not (isinstance(row["chosen"], str) and isinstance(row["rejected"], str)):
-        prompt = _shared_start(chosen, rejected)
-        chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
-        if isinstance(given, list):
-            start = _messages(given, "prompt", where)
-            prompt = prompt if prompt[: len(start)] == start else start + prompt
-        elif isinstance(given, str) and not prompt:
-            prompt = _transcript(given)
-    else:
-        prompt = list(as_prompt(given, where))
-        chosen, rejected = (_reply(row[key]) for key in ("chosen", "rejected"))
-    for key, reply in (("chosen", chosen), ("rejected", rejected)):
+    replies = {"chosen": row["chosen"], "rejected": row["rejected"]}
+    prompt, texts = separate(None if given is None else as_turns(given, where), replies, where)
+    return checked(Item(as_prompt(prompt, where), tuple(texts)), where)
+
+
+def separate(
+    given: list[Message] | None, replies: Mapping[str, Any], where: str
+) -> tuple[list[Message], list[str]]:
+    """The prompt, and each reply without it.
+
+    Args:
+        given: the prompt as the row has it, if it has one.
+        replies: name to a reply, or to a conversation that begins with the prompt and ends in the
+            reply; as texts, transcripts or messages.
+
+    Raises:
+        UserError: a reply is of another form, or the conversations contradict the prompt.
+    """
+    parsed = [
+        _transcript(value) if isinstance(value, str) else _messages(value, key, where)
+        for key, value in replies.items()
+    ]
+    shared = _shared_start(parsed)
+    if given is not None and not shared:  # beside a prompt, such a text is a reply as it stands
+        parsed = [
+            turns
+            if not isinstance(value, str) or (turns[1:] and _merged(given, turns[:-1]))
+            else _reply(value)
+            for value, turns in zip(replies.values(), parsed, strict=True)
+        ]
+    parsed = [
+        _reply(value) if isinstance(value, str) and len(turns) == 1 else turns
+        for value, turns in zip(replies.values(), parsed, strict=True)
+    ]
+    texts = []
+    for key, turns in zip(replies, parsed, strict=True):
+        reply = turns[len(shared) :]
         if len(reply) != 1 or reply[0]["role"] != "assistant":
             roles = [message["role"] for message in reply]
             raise UserError(
                 f"{where}: {key} must end in one assistant reply after the prompt that both share, "
                 f"got {roles or 'nothing'}"
             )
-    asked = as_prompt(prompt, where)
-    return checked(Item(asked, (chosen[0]["content"], rejected[0]["content"])), where)
+        texts.append(reply[0]["content"])
+    return _joined(given or [], shared, where), texts
 
 
 def as_prompt(given: Any, where: str) -> tuple[Message, ...]:
@@ -186,11 +265,16 @@ def as_prompt(given: Any, where: str) -> tuple[Message, ...]:
     Raises:
         UserError: it is empty or of another form.
     """
-    prompt = _transcript(given) if isinstance(given, str) else _messages(given, "prompt", where)
-    prompt = prompt[:-1] if prompt[-1:] == _reply("") else prompt
+    prompt = as_turns(given, where)
     if not prompt:
         raise UserError(f"{where}: no prompt")
     return tuple(prompt)
+
+
+def as_turns(given: Any, where: str) -> list[Message]:
+    """Parse a prompt as ``as_prompt`` does; it may be empty."""
+    turns = _transcript(given) if isinstance(given, str) else _messages(given, "prompt", where)
+    return turns[:-1] if turns[-1:] == _reply("") else turns
 
 
 def checked(item: Item, where: str) -> Item:
@@ -227,14 +311,6 @@ def _reply(text: str) -> list[Message]:
     return [{"role": "assistant", "content": text}]
 
 
-def _conversation(value: Any, key: str, where: str) -> list[Message]:
-    """Parse a reply, or a conversation that ends in one, to messages."""
-    if not isinstance(value, str):
-        return _messages(value, key, where)
-    turns = _transcript(value)
-    return turns if len(turns) > 1 else _reply(value)
-
-
 def _messages(value: Any, key: str, where: str) -> list[Message]:
     well_formed = isinstance(value, list) and all(
         isinstance(m, Mapping) and m.get("role") in ROLES and isinstance(m.get("content"), str)
@@ -248,21 +324,61 @@ def _messages(value: Any, key: str, where: str) -> list[Message]:
     return [{"role": m["role"], "content": m["content"]} for m in value]
 
 
-def _shared_start(left: list[Message], right: list[Message]) -> list[Message]:
-    """The messages that two conversations have in common at the start, their last ones excluded."""
+def _shared_start(conversations: Sequence[list[Message]]) -> list[Message]:
+    """The messages with which all conversations begin, their last ones excluded."""
     shared = []
-    for a, b in zip(left[:-1], right[:-1], strict=False):
-        if a != b:
+    for messages in zip(*(turns[:-1] for turns in conversations), strict=False):
+        if any(message != messages[0] for message in messages):
             break
-        shared.append(a)
+        shared.append(messages[0])
     return shared
+
+
+def _joined(given: list[Message], shared: list[Message], where: str) -> list[Message]:
+    """The whole prompt, from a row's prompt and from the start that its conversations share.
+
+    Raises:
+        UserError: they contradict each other, so that a turn would be in the prompt twice.
+    """
+    if not shared or not any(message["content"].strip() for message in given):
+        return shared or given
+    merged = _merged(given, shared)
+    if merged is not None:
+        return merged
+    repeated = any(m in _normal(shared) for m in _normal(given) if m[0] != "assistant")
+    if repeated or given[-1]["role"] == shared[0]["role"] or shared[0]["role"] == "system":
+        raise UserError(
+            f"{where}: the prompt, {given[-1]['content'][:40]!r}, is not how the conversations "
+            f"begin, {shared[-1]['content'][:40]!r}: leave one of the two out of the row"
+        )
+    return given + shared
+
+
+def _merged(given: list[Message], shared: list[Message]) -> list[Message] | None:
+    """The two as one, if one contains or continues the other, white space aside; else None."""
+    left, right = _normal(given), _normal(shared)
+    if any(right[i : i + len(left)] == left for i in range(len(right))):
+        return shared
+    for length in range(min(len(left), len(right)), 0, -1):
+        if left[-length:] == right[:length]:
+            return given + shared[length:]
+    return None
+
+
+def _normal(messages: list[Message]) -> list[tuple[str, str]]:
+    """Messages as (role, text), each run of white space as one space."""
+    return [(message["role"], " ".join(message["content"].split())) for message in messages]
+
+
+_TURN = re.compile(r"(?:^|(?:\r\n|\r(?!\n)|(?<!\r)\n){2})\s*(Human|Assistant):")
+"""The beginning of a transcript's turn: at the start, or after an empty line of any system."""
 
 
 def _transcript(text: str) -> list[Message]:
     """Parse ``Human: ... Assistant: ...`` to messages; any other text is one user message."""
     if not re.match(r"\s*Human:", text):
         return [{"role": "user", "content": text}]
-    turns = re.split(r"(?:^|\n\n)\s*(Human|Assistant):", text.strip())
+    turns = _TURN.split(text.strip())
     roles = {"Human": "user", "Assistant": "assistant"}
     return [
         {"role": roles[role], "content": content.strip()}

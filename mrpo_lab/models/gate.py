@@ -1,26 +1,34 @@
 """Checks of a reference before use: is it scored on the right tokens, does it know language?
 
 A reference that is scored at wrong positions gives plausible numbers that decide an experiment
-(docs/methods.md, erratum 5). Three checks find that: the scores of a pair depend neither on the
-other pairs in its batch nor on the side of the padding; they are better than a uniform guess; and
-they are no outlier among the references.
+(docs/methods.md, erratum 5). These checks find that: the scores of a pair depend neither on the
+other pairs in its batch nor on the side of the padding; a model that is loaded again gives the same
+scores; they are better than a uniform guess; and they are no outlier among the references.
+
+What is measured is kept per reply, so that data are judged by their own rows and by no others.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from jaxtyping import Float, Int
 
-from mrpo_lab.data.texts import TokenRow
+from mrpo_lab.data.conformance import first_problem
+from mrpo_lab.data.texts import Item, Replies
+from mrpo_lab.data.tokenization import Tokenization
 from mrpo_lab.objective.scores import Scores, chosen_first
 from mrpo_lab.scoring.scorer import ReplyScorer, difference
 
 SAMPLE = 8
-"""Number of pairs that are checked."""
+"""Number of items that are checked."""
+REPLIES = 2
+"""Number of replies of each that are checked, the first ones."""
 TOLERANCE = {"float64": 1e-6, "float32": 1e-3, "bfloat16": 0.1, "float16": 0.05}
 """Largest mean difference between two ways of batching, in nats per token, by dtype of the
 weights."""
@@ -44,27 +52,86 @@ class Finding:
         return f"reference {self.slug}: {self.problem}"
 
 
-def check_scoring(
-    slug: str,
-    scorer: ReplyScorer,
-    rows: Sequence[tuple[TokenRow, ...]],
-    vocabulary: int,
-    dtype: str,
-) -> list[Finding]:
-    """Check a reference on the first ``SAMPLE`` pairs of ``rows``.
+COLUMNS = dict.fromkeys(("alone", "together", "left", "again"), "f8") | {
+    "counts": "i8",
+    "vocabulary": "i8",
+}
+"""Columns of the table that keeps what was measured: see ``Measured``."""
 
-    Replies are scored one by one, all in one batch as the scorer makes it, and all in one batch
-    that is padded on the left. The three must agree, and must be better than a uniform guess.
+
+class Measured(NamedTuple):
+    """Log-probabilities of the same n replies in nats, computed in ways that must agree."""
+
+    alone: Float[np.ndarray, " n"]
+    """One row at a time."""
+    together: Float[np.ndarray, " n"]
+    """All in one batch as the scorer makes it."""
+    left: Float[np.ndarray, " n"]
+    """All in one batch that is padded on the left."""
+    again: Float[np.ndarray, " n"]
+    """Scores by a model that was loaded a second time, for the first item; ``alone`` elsewhere."""
+    counts: Int[np.ndarray, " n"]
+    """Number of tokens of each reply."""
+    vocabulary: Int[np.ndarray, " n"]
+    """Number of tokens of the tokenizer, repeated."""
+
+    def joined(self, other: Measured) -> Measured:
+        """Both, one after the other."""
+        return Measured(*map(np.concatenate, zip(self, other, strict=True)))
+
+
+def measure(
+    scorer: ReplyScorer,
+    rows: Sequence[Replies],
+    vocabulary: int,
+    reload: Callable[[], ReplyScorer] | None = None,
+) -> Measured:
+    """Score the replies of some items in all the ways that must agree.
+
+    Args:
+        rows: a few items; with their replies they are one batch.
+        vocabulary: number of tokens of the tokenizer.
+        reload: loads the model again; None where that costs too much.
     """
-    pairs = [item[:2] for item in rows[:SAMPLE]]
-    flat = [row for pair in pairs for row in pair]
+    flat = [row for item in rows for row in item]
     with torch.no_grad():
         alone = torch.stack([scorer.padded_logps([row])[0][0] for row in flat])
-        together, counts = scorer.logps(pairs)
+        together, counts = scorer.logps(rows)
         left, _ = scorer.padded_logps(flat, "left")
+        again = alone
+        if reload is not None:
+            other = reload()
+            first = [other.padded_logps([row])[0][0] for row in rows[0]]
+            again = torch.cat([torch.stack(first), alone[len(first) :]])
+    alone_, together_, left_, again_ = (
+        sums.double().cpu().numpy() for sums in (alone, together, left, again)
+    )
+    tokens = counts.cpu().numpy()
+    return Measured(alone_, together_, left_, again_, tokens, np.full_like(tokens, vocabulary))
+
+
+def judge(slug: str, measured: Measured, dtype: str) -> list[Finding]:
+    """The checks that a reference fails by what was ``measured``: the scores must agree, and be
+    better than a uniform guess."""
+    scores = Scores(torch.from_numpy(measured.alone), torch.from_numpy(measured.counts))
+    return [
+        *disagreements(slug, measured, dtype),
+        *check_guess(slug, scores, int(measured.vocabulary[0])),
+    ]
+
+
+def disagreements(slug: str, measured: Measured, dtype: str) -> list[Finding]:
+    """The ways of scoring that do not agree with scoring each reply alone."""
     findings = []
-    for batching, sums in (("in one batch", together), ("in a batch padded on the left", left)):
-        apart = difference(sums, alone, counts)
+    alone, counts = (torch.from_numpy(values) for values in (measured.alone, measured.counts))
+    for batching, sums in (
+        ("in one batch", measured.together),
+        ("in a batch padded on the left", measured.left),
+        ("by the model loaded again", measured.again),
+    ):
+        if sums is measured.again and np.array_equal(sums, measured.alone, equal_nan=True):
+            continue  # most often it was not loaded again
+        apart = difference(torch.from_numpy(sums), alone, counts)
         if not apart <= TOLERANCE[dtype]:
             findings.append(
                 Finding(
@@ -73,7 +140,19 @@ def check_scoring(
                     f"more than {TOLERANCE[dtype]:g} for {dtype}",
                 )
             )
-    return findings + check_guess(slug, Scores(alone, counts), vocabulary)
+    return findings
+
+
+def check_scoring(
+    slug: str,
+    scorer: ReplyScorer,
+    rows: Sequence[Replies],
+    vocabulary: int,
+    dtype: str,
+) -> list[Finding]:
+    """``measure`` and ``judge`` a reference on the first ``SAMPLE`` items of ``rows``."""
+    pairs = [item[:REPLIES] for item in rows[:SAMPLE]]
+    return judge(slug, measure(scorer, pairs, vocabulary), dtype)
 
 
 def check_guess(slug: str, scores: Scores, vocabulary: int) -> list[Finding]:
@@ -120,3 +199,12 @@ def check_outliers(scores: Mapping[str, Scores], characters: int) -> list[Findin
                     )
                 )
     return findings
+
+
+def check_tokens(
+    slug: str, tokenization: Tokenization, items: Sequence[Item], ids: np.ndarray
+) -> list[Finding]:
+    """Check the token rows of the first ``SAMPLE`` items; see ``data.conformance.check_rows``."""
+    sample = [items[i] for i in range(min(SAMPLE, len(items)))]
+    problem = first_problem(tokenization, sample, ids[: len(sample)])
+    return [Finding(slug, problem)] if problem else []

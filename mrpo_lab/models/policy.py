@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +13,8 @@ from torch import Tensor, nn
 
 from mrpo_lab.data.texts import Message
 from mrpo_lab.data.tokenization import Tokenization
-from mrpo_lab.errors import UserError, first_line
+from mrpo_lab.errors import UserError
+from mrpo_lab.models.adapters import lora_config, with_lora
 from mrpo_lab.models.weights import ModelSource
 from mrpo_lab.scoring.scorer import ReplyScorer, evaluating
 
@@ -38,35 +41,42 @@ class PolicyConfig(ModelSource):
     def name(self) -> str:
         return "policy"
 
+    def check(self) -> None:
+        super().check()
+        self.check_trainable()
+
+    def check_trainable(self) -> None:
+        """Check that the settings fit the weights as they are stored.
+
+        Raises:
+            UserError: the weights are stored quantized and ``lora`` is null; or see
+                ``lora_config``.
+        """
+        if self.lora is not None:
+            lora_config(self.lora)
+        elif self.quantized:
+            raise UserError(
+                f"model: the weights of {self.path} are stored quantized and cannot be trained: "
+                "set model.lora, or use the full weights"
+            )
+
     def build(self, device: torch.device, seed: int) -> Policy:
         """Load the weights on ``device``; ``seed`` initializes LoRA.
 
         Raises:
             UserError: the weights cannot be loaded, or peft refuses ``lora``.
         """
+        self.check_trainable()
         model: Any = self.read(device)
         if self.lora is None:
             model.requires_grad_(True)
         else:
-            model = _with_lora(model.requires_grad_(False), self.lora, seed)
+            model = with_lora(model.requires_grad_(False), self.lora, seed)
         model = self.fused(model.eval())
         if self.gradient_checkpointing:
             base = model.get_base_model() if self.lora is not None else model
             base.activation_checkpointing_enable({"use_reentrant": False})
         return Policy(model, self.tokenization, self.kernels)
-
-
-def _with_lora(model: nn.Module, lora: dict[str, Any], seed: int) -> nn.Module:
-    import peft
-
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        try:
-            config = peft.LoraConfig(task_type="CAUSAL_LM", **lora)
-            adapted: nn.Module = peft.get_peft_model(model, config)
-        except (TypeError, ValueError) as error:
-            raise UserError(f"model.lora: {first_line(error)}") from error
-    return adapted
 
 
 class Policy:
@@ -86,10 +96,15 @@ class Policy:
         """Write the adapter, or the full model, and the tokenizer, as peft and transformers do."""
         model: Any = self.model
         model.save_pretrained(folder, safe_serialization=True)
-        self.tokenization.format.tokenizer.save_pretrained(folder)
+        tokenizer = copy(self.tokenization.format.tokenizer)
+        if self.tokenization.template:  # what the policy was trained with, not the model's own
+            tokenizer.chat_template = self.tokenization.format.template
+        # Loading set it out of the way; see ``load_format``.
+        tokenizer.model_max_length = tokenizer.init_kwargs.get("model_max_length", int(1e30))
+        tokenizer.save_pretrained(folder)
 
     def generate(self, prompts: Sequence[Sequence[Message]], max_new_tokens: int) -> list[str]:
-        """Greedy replies, one prompt at a time."""
+        """Greedy replies, one prompt at a time, that end where the model's positions do."""
         tokenizer = self.tokenization.format.tokenizer
         model: Any = self.model
         replies = []
@@ -98,10 +113,14 @@ class Policy:
                 text = self.tokenization.format.prompt_text(prompt)
                 ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
                 ids = ids.to(self.scorer.device)
+                room = (self.scorer.positions or sys.maxsize) - ids.shape[1]
+                if room < 1:
+                    replies.append("")
+                    continue
                 output: Tensor = model.generate(
                     input_ids=ids,
                     attention_mask=torch.ones_like(ids),
-                    max_new_tokens=max_new_tokens,
+                    max_new_tokens=min(max_new_tokens, room),
                     do_sample=False,
                     pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id or 0,
                 )

@@ -3,31 +3,36 @@
 from __future__ import annotations
 
 import gc
-import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from mrpo_lab.data.texts import Item
+from mrpo_lab.data.texts import Item, Replies
 from mrpo_lab.errors import UserError
-from mrpo_lab.models.gate import Finding, check_outliers, check_scoring
+from mrpo_lab.models.gate import (
+    REPLIES,
+    SAMPLE,
+    Finding,
+    check_outliers,
+    check_tokens,
+    disagreements,
+    judge,
+    measure,
+)
+from mrpo_lab.models.stored_scores import StoredScores
 from mrpo_lab.models.weights import ModelSource
 from mrpo_lab.objective.scores import Scores
 from mrpo_lab.progress import progress
 from mrpo_lab.scoring.scorer import ReplyScorer
-from mrpo_lab.storage import cache
-from mrpo_lab.storage.files import write_whole
 from mrpo_lab.storage.tables import Table
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
-"""Version of the stored numbers: increase it when their meaning changes."""
 NO_SLUGS = ("step", "undecided_pairs")
 """Names that files of a run give to something else: a column of ``alpha.parquet``, and a metric."""
 SHARD_ROWS = 256
@@ -52,14 +57,27 @@ class Reference(ModelSource):
     def name(self) -> str:
         return self.slug
 
-    def table(self) -> Table:
-        """The table of this reference's scores in the store.
+    def stored(self) -> StoredScores:
+        """What the store holds of this reference.
 
         Its key is all that changes a number. A maximum length does not: replies are never cut, so
         it decides which pairs are scored and not what their scores are.
         """
-        key = {**self.fingerprint(), "text": self.tokenization.fingerprint, "format": FORMAT}
-        return Table.open("scores", self.slug, key, {"sums": "f8", "counts": "i8"})
+        key = {**self.fingerprint(), "text": self.tokenization.fingerprint}
+        return StoredScores.open(self.slug, key)
+
+    def table(self) -> Table:
+        """The table of this reference's scores in the store."""
+        return self.stored().scores
+
+    @property
+    def precision(self) -> str:
+        """The dtype by whose tolerance the gate judges this reference."""
+        # int8 scales activations by the largest in the batch, whatever the dtype of the rest.
+        wide = self.dtype in ("float32", "float64")
+        if self.quantization == "int8" or (wide and self.quantized and not self.quantization):
+            return "float16"
+        return self.dtype
 
 
 class ReferenceScores(NamedTuple):
@@ -161,10 +179,18 @@ class ReferenceSet:
             ids: (N, R) ids of the replies, their keys in the store.
 
         Raises:
-            UserError: a check of the gate failed and ``gate`` is stop.
+            UserError: a model is damaged or cannot be given an item; or a check of the gate failed
+                and ``gate`` is stop.
         """
-        scores: dict[str, Scores] = {}
         findings: list[Finding] = []
+        for reference in self.members:  # all of them before the first is scored
+            findings += check_tokens(reference.slug, reference.tokenization, items, ids)
+            stored = reference.stored()
+            if not stored.complete(ids):
+                reference.check()
+                self._take_over(reference, stored, items, ids)
+        self._report(findings)
+        scores: dict[str, Scores] = {}
         for reference in self.members:
             scores[reference.slug], found = self._score(reference, items, ids, device)
             findings += found
@@ -173,24 +199,35 @@ class ReferenceSet:
         self._report(outliers)
         return ReferenceScores(Scores.stack(list(scores.values())), findings + outliers)
 
+    def _take_over(
+        self, reference: Reference, stored: StoredScores, items: Sequence[Item], ids: np.ndarray
+    ) -> None:
+        """Keep scores that an earlier version stored, where none of its faults can matter: the
+        checkpoint is whole and not quantized by itself, and the prompt has no system message."""
+        if stored.former is None:
+            return
+        own_quantization = reference.quantized and not reference.quantization
+        sound = np.array(
+            [not own_quantization and item.prompt[0]["role"] != "system" for item in items]
+        )
+        stored.take_over(
+            reference.slug, ids, reference.tokenization.lengths(items, ids).reply, sound
+        )
+
     def _score(
         self, reference: Reference, items: Sequence[Item], ids: np.ndarray, device: torch.device
     ) -> tuple[Scores, list[Finding]]:
-        """One reference's scores (N, R), and the checks it failed when they were computed."""
-        table = reference.table()
-        values, found = table.read(ids)
-        if not found.all():
-            with table.filling():
-                values, found = table.read(ids)
-                missing = np.flatnonzero(~found.all(-1)).tolist()
-                if len(missing):
-                    self._fill(reference, table, [items[i] for i in missing], ids[missing], device)
-                    values, found = table.read(ids)
+        """One reference's scores (N, R), and the checks that it fails on the first items."""
+        stored = reference.stored()
+        findings: list[Finding] = []
+        if not stored.complete(ids):
+            with stored.scores.filling():
+                if not stored.complete(ids):  # another process may have filled it meanwhile
+                    findings = self._fill(reference, stored, items, ids, device)
+        values, found = stored.scores.read(ids)
         assert found.all(), f"{reference.slug}: the store lost rows that were just written"
-        findings = [
-            Finding(reference.slug, problem)
-            for problem in json.loads((table.folder / "gate.json").read_text())
-        ]
+        judged = judge(reference.slug, stored.measured(ids), reference.precision)
+        findings = list(dict.fromkeys([*judged, *findings]))
         self._report(findings)
         scores = Scores(torch.from_numpy(values["sums"]), torch.from_numpy(values["counts"]))
         return scores, findings
@@ -198,37 +235,64 @@ class ReferenceSet:
     def _fill(
         self,
         reference: Reference,
-        table: Table,
+        stored: StoredScores,
         items: Sequence[Item],
         ids: np.ndarray,
         device: torch.device,
-    ) -> None:
-        """Load the model, check it on a few items, and write the scores of all to the store."""
-        rows = [row for row in reference.tokenization.rows(items) if row is not None]
-        assert len(rows) == len(items), "items that a template refuses are filtered before scoring"
-        model = reference.load(device)
-        scorer = ReplyScorer(model, reference.kernels)
+    ) -> list[Finding]:
+        """Load the model, check it, and store what is missing. Returns the checks that failed."""
+        missing, unmeasured = stored.missing(ids), stored.unmeasured(ids)
+        sample = unmeasured or missing[:SAMPLE]
+        needed = sorted({*missing, *sample})
+        tokenized = reference.tokenization.rows([items[i] for i in needed])
+        rows = {i: row for i, row in zip(needed, tokenized, strict=True) if row is not None}
+        assert len(rows) == len(needed), "items that a template refuses are filtered before scoring"
+        reference.check_rows(row for item in rows.values() for row in item)
+        scorer = ReplyScorer(reference.load(device), reference.kernels)
         # Asked before the gate's few items: on first use the scorer checks itself on the longest.
-        by_length = np.argsort([-cost for cost in scorer.costs(rows)], kind="stable")
-        vocabulary = len(reference.tokenization.format.tokenizer)
-        # int8 scales activations by the largest in the batch, whatever the dtype of the rest.
-        precision = "float16" if reference.quantization == "int8" else reference.dtype
-        findings = check_scoring(reference.slug, scorer, rows, vocabulary, precision)
-        problems = [finding.problem for finding in findings]
-        with cache.writing():
-            write_whole(table.folder / "gate.json", json.dumps(problems).encode())
+        costs = scorer.costs([rows[i] for i in missing or sample])
+        measured = measure(
+            scorer,
+            [rows[i][:REPLIES] for i in sample],
+            len(reference.tokenization.format.tokenizer),
+            partial(self._again, reference, device) if reference.is_small else None,
+        )
+        findings = disagreements(reference.slug, measured, reference.precision)
+        if unmeasured:  # these data are judged by all of their first items
+            measured_of_all = stored.measured(ids).joined(measured)
+            findings = judge(reference.slug, measured_of_all, reference.precision)
         if self.gate == "stop":
             self._report(findings)  # before hours of scoring, not after them
-        replies = sum(map(len, rows))
-        with progress(replies, f"scoring {reference.slug}", "reply") as bar:
-            for part in np.split(by_length, range(SHARD_ROWS, len(rows), SHARD_ROWS)):
-                scores = scorer.score([rows[i] for i in part], self.token_budget, bar.update)
-                columns = {"sums": scores.sums.numpy(), "counts": scores.counts.numpy()}
-                table.append(ids[part][:, : scores.sums.shape[1]], columns)
-        del model, scorer
+        stored.add_measured(ids, sample, measured)
+        self._score_missing(scorer, stored, rows, ids, missing, costs, reference.slug)
+        del scorer
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
+        return findings
+
+    def _again(self, reference: Reference, device: torch.device) -> ReplyScorer:
+        return ReplyScorer(reference.load(device), reference.kernels)
+
+    def _score_missing(
+        self,
+        scorer: ReplyScorer,
+        stored: StoredScores,
+        rows: Mapping[int, Replies],
+        ids: np.ndarray,
+        missing: Sequence[int],
+        costs: Sequence[int],
+        slug: str,
+    ) -> None:
+        """Score the ``missing`` items, the costliest first, and write them shard by shard."""
+        order = np.argsort([-cost for cost in costs[: len(missing)]], kind="stable")
+        by_length = np.array(missing, dtype=int)[order]
+        replies = sum(len(rows[i]) for i in missing)
+        with progress(replies, f"scoring {slug}", "reply") as bar:
+            for part in np.split(by_length, range(SHARD_ROWS, len(missing), SHARD_ROWS)):
+                scores = scorer.score([rows[i] for i in part], self.token_budget, bar.update)
+                columns = {"sums": scores.sums.numpy(), "counts": scores.counts.numpy()}
+                stored.scores.append(ids[part][:, : scores.sums.shape[1]], columns)
 
     def _report(self, findings: Sequence[Finding]) -> None:
         """Warn of the findings, or stop for them, as ``gate`` says."""

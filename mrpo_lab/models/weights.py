@@ -6,6 +6,7 @@ import hashlib
 import os
 import re
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,13 +14,22 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.utils.logging import disable_progress_bar
 
 from mrpo_lab import embedded
+from mrpo_lab.data.texts import Item, TokenRow
 from mrpo_lab.data.tokenization import Tokenization
-from mrpo_lab.errors import UserError, first_line
+from mrpo_lab.errors import UserError
+from mrpo_lab.models.adapters import check_adapter, with_adapter
+from mrpo_lab.models.loading import (
+    META,
+    check_files,
+    load_config,
+    load_model,
+    stored_quantization,
+)
 from mrpo_lab.scoring.kernels import KERNELS, fuse
+from mrpo_lab.scoring.limits import check_rows, max_positions
 from mrpo_lab.storage import hub
 from mrpo_lab.storage.contents import content_hash
 from mrpo_lab.storage.files import local_path
@@ -34,6 +44,15 @@ DTYPES = {
     "float16": torch.float16,
 }
 QUANTIZATIONS = ("nf4", "int8")
+SMALL = 2**30
+"""Size of the weights in bytes below which the gate loads a model twice."""
+CONFIGURATIONS = (
+    "config.json",
+    "adapter_config.json",
+    "model.safetensors.index.json",
+    "quantize_config.json",
+)
+"""Files beside the weights that decide what a model computes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,62 +139,79 @@ class ModelSource(ABC):
         """The model as transformers and peft make it, in evaluation mode on ``device``.
 
         Raises:
-            UserError: not a causal language model in safetensors, or an adapter that does not fit.
+            UserError: not a complete causal language model in safetensors, or an adapter that does
+                not fit; see ``load_model`` and ``with_adapter``.
         """
-        dtype = DTYPES[self.dtype]
-        quantized = {
-            None: None,
-            "nf4": BitsAndBytesConfig(
-                load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
-            ),
-            "int8": BitsAndBytesConfig(load_in_8bit=True),
-        }[self.quantization]
-        # int8 and nf4 weights are placed while loading; the others are moved afterwards.
-        placed = {"device_map": {"": device}} if quantized else {}
-        try:
-            model: Any = AutoModelForCausalLM.from_pretrained(
-                self.folder,
-                dtype=dtype,
-                quantization_config=quantized,
-                use_safetensors=True,
-                trust_remote_code=self.trust_remote_code,
-                **placed,
-            )
-        except (OSError, ValueError, KeyError) as error:
-            raise UserError(f"{self.path}: cannot be loaded: {first_line(error)}") from error
+        self.check_files()
+        model = self._model(device)
         if self.adapter:
-            model = with_adapter(model, self.adapter, self.path)
-        model.eval()
-        placed_model: nn.Module = model if quantized else model.to(device)
-        return placed_model
+            model = with_adapter(model, locate(self.adapter), self.adapter, self.path)
+        return model.eval()
 
-
-def with_adapter(model: Any, adapter: str, base: str) -> Any:
-    """``model`` with a PEFT adapter.
-
-    Raises:
-        UserError: there is no adapter, or one of its tensors has no place in the model.
-    """
-    import peft
-    from safetensors import safe_open
-
-    folder = locate(adapter)
-    file = folder / "adapter_model.safetensors"
-    if not file.is_file():
-        raise UserError(f"adapter {adapter}: there is no {file.name} in {folder}")
-    try:
-        adapted = peft.PeftModel.from_pretrained(model, folder, use_safetensors=True)
-    except (RuntimeError, ValueError, KeyError, OSError) as error:
-        raise UserError(f"adapter {adapter} does not fit {base}: {first_line(error)}") from error
-    placed = peft.get_peft_model_state_dict(adapted)
-    with safe_open(file, framework="pt") as tensors:
-        stray = sorted(set(tensors.keys()) ^ set(placed))
-    if stray:
-        raise UserError(
-            f"adapter {adapter} does not fit {base}: {len(stray)} tensors have no counterpart, "
-            f"first {stray[0]}"
+    def _model(self, device: torch.device) -> nn.Module:
+        return load_model(
+            self.folder,
+            path=self.path,
+            dtype=DTYPES[self.dtype],
+            quantization=self.quantization,
+            trust_remote_code=self.trust_remote_code,
+            device=device,
         )
-    return adapted
+
+    @cached_property
+    def positions(self) -> int | None:
+        """Largest number of tokens that the model was made for; see ``max_positions``."""
+        return max_positions(load_config(self.folder, self.path, self.trust_remote_code))
+
+    @property
+    def quantized(self) -> bool:
+        """Whether the model computes with quantized weights, by setting or as they are stored."""
+        return bool(self.quantization or stored_quantization(self.folder))
+
+    def check_files(self) -> None:
+        """Check the files of the model and of its adapter by their headers.
+
+        Raises:
+            UserError: see ``loading.check_files`` and ``check_adapter``; or a quantization is set
+                for weights that are stored quantized.
+        """
+        check_files(self.folder, self.path)
+        if self.quantization and (stored := stored_quantization(self.folder)):
+            raise UserError(
+                f"{self.name}: {self.path} is stored quantized by {stored}: set quantization=null, "
+                "and it is loaded as its own config.json says"
+            )
+        if self.adapter:
+            check_adapter(locate(self.adapter), self.adapter)
+
+    def check(self) -> None:
+        """Check all that can be checked without reading the weights, in about a second: files,
+        names and shapes of all tensors, and that the template's tokens have embeddings.
+
+        Raises:
+            UserError: see ``read``.
+        """
+        self.check_files()
+        if not self.quantized:  # bitsandbytes must read numbers to know their shapes
+            self._model(META)
+        item = Item(({"role": "user", "content": "a"},), ("b",))
+        for rows in self.tokenization.rows([item]):
+            self.check_rows(rows or ())
+
+    def check_rows(self, rows: Iterable[TokenRow]) -> None:
+        """Check that the model can be given ``rows``, by its configuration.
+
+        Raises:
+            UserError: see ``limits.check_rows``.
+        """
+        config = load_config(self.folder, self.path, self.trust_remote_code)
+        vocabulary = getattr(config, "vocab_size", None)
+        check_rows(rows, f"{self.name}: {self.folder}", self.positions, vocabulary)
+
+    @property
+    def is_small(self) -> bool:
+        """Whether loading the model costs next to nothing."""
+        return sum(f.stat().st_size for f in self.folder.glob("*.safetensors")) < SMALL
 
 
 def locate(path: str, revision: str | None = None) -> Path:
@@ -199,7 +235,8 @@ def locate(path: str, revision: str | None = None) -> Path:
 
 
 def weights_hash(folder: Path) -> str:
-    """sha256 of the names and contents of a folder's weights and model configuration.
+    """sha256 of the names and contents of all that a model is made of: weights, their index, the
+    configuration, and the code that comes with the model.
 
     Raises:
         UserError: the folder has no weights in the safetensors format.
@@ -208,7 +245,8 @@ def weights_hash(folder: Path) -> str:
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise UserError(f"{folder}: no .safetensors weights there")
-    for file in [*files, *(folder / name for name in ("config.json", "adapter_config.json"))]:
+    others = [folder / name for name in CONFIGURATIONS]
+    for file in [*files, *others, *sorted(folder.glob("*.py"))]:
         if file.is_file():
             digest.update(f"{file.name}\0{content_hash(file)}\0".encode())
     return digest.hexdigest()

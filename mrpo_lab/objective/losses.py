@@ -263,7 +263,7 @@ class PreferenceLoss:
     def __post_init__(self) -> None:
         if not self.beta > 0:
             raise ValueError(f"beta must be greater than 0, got {self.beta}")
-        check_unit(self.resolved_unit)
+        check_unit(self.unit or "token")
         self.check(2)  # the link and the clip check their own numbers when they are called
 
     @property

@@ -13,12 +13,16 @@ import pandas as pd
 from mrpo_lab.report.methods import Method
 from mrpo_lab.report.reading import RunRecord
 from mrpo_lab.report.statistics import (
+    MeanTest,
     clustered_bootstrap,
+    crossed_t,
     holm,
     mean_tau_test,
+    pearson,
     resampled_t,
     sign_flip_p,
     smallest_detectable,
+    standard_error,
 )
 from mrpo_lab.report.study import Study
 
@@ -29,14 +33,19 @@ COMPARED = [
     "baseline",
     "seeds",
     "pairs",
+    "prompts",
     "difference",
     "low",
     "high",
+    "p",
+    "p_holm",
+    "detectable",
+    "low_pairs",
+    "high_pairs",
     "p_pairs",
     "p_pairs_holm",
     "p_seeds",
     "p_seeds_holm",
-    "detectable",
     "wins",
 ]
 
@@ -45,17 +54,23 @@ def comparisons(study: Study, resamples: int = 2000) -> pd.DataFrame:
     """Compare every method with its baselines, one row for each.
 
     Columns, beside the methods' labels:
-        seeds, pairs: number of seeds that both have, and of test pairs of these seeds.
+        seeds, pairs, prompts: number of seeds that both have, of different test pairs of these
+            seeds, and of their prompts (the pairs, where a run does not know its prompts).
         difference: test accuracy of the method minus that of the baseline, averaged over seeds.
-        low, high: 95 % interval of the difference over the test pairs that could have been drawn.
-        p_pairs: exact p-value over test pairs, for these trained models.
-        p_seeds: p-value over seeds.
-        p_pairs_holm, p_seeds_holm: corrected over all comparisons of the data set (Holm 1979).
-        detectable: smallest difference found with 80 % power at level 0.05 / number of comparisons.
+        low, high: 95 % interval of the difference for other seeds and other test pairs.
+        p: two-sided p-value for the same, see ``crossed_t``; where the pairs are not known it is
+            ``p_seeds``, and the interval that of ``resampled_t``. NaN with one seed.
+        detectable: smallest difference that this test finds with 80 % power at level
+            0.05 / number of comparisons of the data set.
+        low_pairs, high_pairs: 95 % interval over other test pairs alone, for these trained models.
+        p_pairs: exact p-value for the same.
+        p_seeds: p-value from the accuracy of each seed alone, see ``resampled_t``.
+        p_holm, p_pairs_holm, p_seeds_holm: corrected over all comparisons of the data set (Holm
+            1979).
         wins: number of seeds in which the method is better.
 
     Args:
-        resamples: number of bootstrap resamples behind ``low``, ``high`` and ``detectable``.
+        resamples: number of bootstrap resamples behind ``low_pairs`` and ``high_pairs``.
     """
     tables = [_compare_dataset(study, dataset, resamples) for dataset in study.datasets]
     tables = [table for table in tables if len(table)]
@@ -70,8 +85,8 @@ def _compare_dataset(study: Study, dataset: str, resamples: int) -> pd.DataFrame
     by_method: dict[Method, pd.DataFrame] = {
         method: group.set_index("seed") for method, group in runs.groupby("key", sort=False)
     }
-    rows = []
-    errors: dict[int, float] = {}
+    rows: list[dict[str, object]] = []
+    tests: list[MeanTest] = []
     batches: dict[tuple[int, ...], list[tuple[int, pd.DataFrame]]] = defaultdict(list)
     for method, against, baseline in _possible(study, dataset, by_method):
         ours, theirs = by_method[method], by_method[baseline]
@@ -79,8 +94,9 @@ def _compare_dataset(study: Study, dataset: str, resamples: int) -> pd.DataFrame
         if not seeds:
             continue
         by_seed = (ours["test"] - theirs["test"]).loc[seeds]
-        share = float((ours["test_pairs"] / ours["train_pairs"]).loc[seeds].mean())
+        share = (ours["test_pairs"] / (ours["pool"] - ours["test_pairs"])).loc[seeds].mean()
         over_seeds = resampled_t(by_seed.tolist(), share if np.isfinite(share) else 0.0)
+        tests.append(over_seeds)
         rows.append(
             {
                 "dataset": dataset,
@@ -96,13 +112,19 @@ def _compare_dataset(study: Study, dataset: str, resamples: int) -> pd.DataFrame
         table = _pair_differences(study.records, ours.loc[seeds], theirs.loc[seeds])
         if table is not None:
             batches[tuple(seeds)].append((len(rows) - 1, table))
-    rng = np.random.default_rng(0)
+    rng, prompts = np.random.default_rng(0), _prompts(study.records, runs["source"])
+    errors = [0.0] * len(rows)
     for batch in batches.values():
-        errors |= _by_pairs(rows, batch, rng, resamples)
-    for number, error in errors.items():
-        rows[number]["detectable"] = smallest_detectable(error, tests=len(rows))
+        for number, (test, error) in _by_pairs(rows, batch, prompts, rng, resamples).items():
+            tests[number], errors[number] = test, error
+    for row, test, error in zip(rows, tests, errors, strict=True):
+        row["p"] = test.p
+        row["low"], row["high"] = test.interval()
+        row["detectable"] = smallest_detectable(
+            float(np.maximum(test.standard_error, error)), len(rows), degrees=test.degrees
+        )
     table = pd.DataFrame(rows, columns=COMPARED)
-    for column in ("p_pairs", "p_seeds"):
+    for column in ("p", "p_pairs", "p_seeds"):
         table[f"{column}_holm"] = holm(table[column].astype(float).tolist())
     return table
 
@@ -129,45 +151,75 @@ def _pair_differences(
 ) -> pd.DataFrame | None:
     """Correct under ``ours`` minus correct under ``theirs``, one row per pair and column per seed.
 
-    NaN where a seed does not test a pair; None if the pairs of a run are not known.
+    NaN where a seed does not test a pair; None if the pairs that both test are not known. The index
+    is a pair's name and its number among equal pairs: a test set may hold the same pair twice.
     """
     columns = {}
     for seed in ours.index:
         tables = [records[runs.loc[seed, "source"]].pairs for runs in (ours, theirs)]
-        if any(table is None for table in tables):
+        right = [_correct(table) for table in tables if table is not None]
+        if len(right) < 2 or (both := (right[0] - right[1]).dropna()).empty:
             return None
-        right = [(t.set_index("pair")["margin"] > 0).astype(float) for t in tables if t is not None]
-        columns[seed] = (right[0] - right[1]).dropna()
+        columns[seed] = both
     return pd.DataFrame(columns)
+
+
+def _prompts(records: Mapping[str, RunRecord], sources: Iterable[str]) -> dict[str, str]:
+    """The prompt of each test pair, by their names; runs from before it was written lack it."""
+    found: dict[str, str] = {}
+    for source in sources:
+        table = records[source].pairs
+        if table is not None and "prompt" in table:
+            found.update(zip(table["pair"], table["prompt"], strict=True))
+    return found
+
+
+def _correct(table: pd.DataFrame) -> pd.Series:
+    """Whether each test pair is ranked correctly, by name and number among equal pairs."""
+    correct = (table["margin"] > 0).astype(float)
+    correct.index = pd.MultiIndex.from_arrays(
+        [table["pair"], table.groupby("pair").cumcount()], names=["pair", "copy"]
+    )
+    return correct
 
 
 def _by_pairs(
     rows: list[dict[str, object]],
     batch: Sequence[tuple[int, pd.DataFrame]],
+    prompts: Mapping[str, str],
     rng: np.random.Generator,
     resamples: int,
-) -> dict[int, float]:
+) -> dict[int, tuple[MeanTest, float]]:
     """Add to ``rows`` the results over test pairs, for comparisons over the same seeds.
 
+    Pairs of one prompt are drawn, and their signs flipped, together.
+
+    Args:
+        prompts: the prompt of each pair; a pair that is not there has a prompt of its own.
+
     Returns:
-        Bootstrap standard error of the difference, by number of the row.
+        By number of the row: the test over seeds and pairs, and the bootstrap standard error over
+        pairs alone.
     """
-    tables = [table for _, table in batch]
-    pairs = sorted(set().union(*(table.index for table in tables)))
-    stacked = np.stack([table.reindex(pairs).to_numpy() for table in tables], axis=-1)
-    drawn = clustered_bootstrap(stacked, rng, resamples)
-    errors = {}
+    index = pd.MultiIndex.from_tuples(sorted(set().union(*(table.index for _, table in batch))))
+    names = np.array([prompts.get(pair, pair) for pair, _ in index])
+    clusters = np.unique(names, return_inverse=True)[1]
+    stacked = np.stack([table.reindex(index).to_numpy() for _, table in batch], axis=-1)
+    drawn = clustered_bootstrap(stacked, rng, resamples, clusters)
+    found = {}
     for column, (number, table) in enumerate(batch):
+        values = stacked[:, :, column]
         low, high = np.quantile(drawn[:, column], [0.025, 0.975])
-        summed = table.sum(axis=1).round().astype(int).to_numpy()
+        summed = np.bincount(clusters, weights=np.nansum(values, axis=1))
         rows[number] |= {
-            "pairs": len(table),
-            "low": float(low),
-            "high": float(high),
-            "p_pairs": sign_flip_p(summed),
+            "pairs": table.index.get_level_values("pair").nunique(),
+            "prompts": len(np.unique(clusters[np.isfinite(values).any(1)])),
+            "low_pairs": float(low),
+            "high_pairs": float(high),
+            "p_pairs": sign_flip_p(summed.round().astype(int)),
         }
-        errors[number] = float(drawn[:, column].std(ddof=1))
-    return errors
+        found[number] = crossed_t(values, clusters), float(drawn[:, column].std(ddof=1))
+    return found
 
 
 def alphas(record: RunRecord) -> dict[str, float]:
@@ -177,13 +229,17 @@ def alphas(record: RunRecord) -> dict[str, float]:
     if posterior:
         return {slug: float(column.dropna().iloc[-1]) for slug, column in posterior.items()}
     references = record.result.get("references", {})
-    return {slug: float(r["mean_alpha"]) for slug, r in references.items() if "mean_alpha" in r}
+    published = _by_reference(references, "posterior_mean")
+    return published or _by_reference(references, "mean_alpha")
+
+
+def _by_reference(references: Mapping[str, Mapping[str, Any]], key: str) -> dict[str, float]:
+    return {slug: float(found[key]) for slug, found in references.items() if key in found}
 
 
 def own_accuracies(record: RunRecord) -> dict[str, float]:
     """Test accuracy of each reference itself, on this run's test pairs."""
-    references = record.result.get("references", {})
-    return {s: float(r["test_accuracy"]) for s, r in references.items() if "test_accuracy" in r}
+    return _by_reference(record.result.get("references", {}), "test_accuracy")
 
 
 def single_accuracies(study: Study, dataset: str, seed: int) -> dict[str, float]:
@@ -201,7 +257,8 @@ def target_of(study: Study, run: Any, target: str) -> dict[str, float]:
 
 
 def alpha_correlations(study: Study, target: str) -> pd.DataFrame:
-    """Kendall's tau-b of each method's alpha with ``target``, averaged over seeds.
+    """Kendall's tau-b and Pearson's correlation of each method's alpha with ``target``, averaged
+    over seeds.
 
     Args:
         target: ``own`` for the references' own test accuracy (the paper's Table 1), ``single`` for
@@ -218,8 +275,8 @@ def alpha_correlations(study: Study, target: str) -> pd.DataFrame:
 
 
 def accuracy_correlations(study: Study) -> pd.DataFrame:
-    """Kendall's tau-b between the references' own test accuracy and that of single-reference DPO
-    with them, averaged over seeds."""
+    """Kendall's tau-b and Pearson's correlation between the references' own test accuracy and that
+    of single-reference DPO with them, averaged over seeds."""
     rows = []
     for dataset in study.datasets:
         runs = study.compared[study.compared["dataset"] == dataset]
@@ -241,6 +298,7 @@ def _correlation(pairs: Sequence[tuple[dict[str, float], dict[str, float]]]) -> 
         ([x[s] for s in slugs], [y[s] for s in slugs]) for x, y, slugs in shared if len(slugs) > 2
     ]
     test = mean_tau_test(usable)
+    linear = [r for r in (pearson(x, y) for x, y in usable) if np.isfinite(r)]
     numbers = sorted({len(x) for x, _ in usable})
     return {
         "tau": test.mean,
@@ -251,6 +309,8 @@ def _correlation(pairs: Sequence[tuple[dict[str, float], dict[str, float]]]) -> 
         "p_one_matching": test.p_one_matching,
         "lowest": min(test.taus, default=np.nan),
         "highest": max(test.taus, default=np.nan),
+        "pearson": float(np.mean(linear or [np.nan])),
+        "pearson_se": standard_error(linear),
         "why": _why_undefined(pairs, usable) if not test.taus else "",
     }
 
@@ -279,6 +339,8 @@ def _correlation_table(rows: Sequence[dict[str, object]]) -> pd.DataFrame:
             "p_two_sided",
             "p_holm",
             "p_one_matching",
+            "pearson",
+            "pearson_se",
             "why",
         ],
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -12,6 +12,8 @@ from mrpo_lab.report.study import Study
 ALIKE = 0.05
 """References hardly act if the coefficient of variation of pair weights is below this."""
 LEVEL = 0.05
+LEAKED = 0.01
+"""Findings warn if a larger share of the test pairs is in train."""
 
 
 def findings(study: Study, tables: Mapping[str, pd.DataFrame]) -> dict[str, list[str]]:
@@ -28,6 +30,7 @@ def findings(study: Study, tables: Mapping[str, pd.DataFrame]) -> dict[str, list
     return {
         dataset: [
             *_accuracy(study, dataset),
+            *_leakage(study, dataset),
             *_comparisons(rows("comparisons", dataset)),
             *_correlations(rows("table-1", dataset)),
             *_mechanism(rows("pair-weights", dataset)),
@@ -56,6 +59,37 @@ def _accuracy(study: Study, dataset: str) -> list[str]:
     ]
 
 
+def _leakage(study: Study, dataset: str) -> list[str]:
+    """What share of the test pairs, or of their prompts, is also in train."""
+    runs = study.compared[study.compared["dataset"] == dataset]
+    shares: dict[str, list[float]] = {"test_prompts_in_train": [], "test_pairs_in_train": []}
+    for run in runs.itertuples():
+        counts = study.records[str(run.source)].result.get("counts", {})
+        for key, found in shares.items():
+            if key in counts and run.test_pairs > 0:
+                found.append(counts[key] / run.test_pairs)
+    prompts, pairs = shares.values()
+    if not prompts:
+        return []
+    said = f"{_percent(prompts)} of the test pairs have a prompt that is also in train; "
+    said += (
+        f"{_percent(pairs)} are in train themselves."
+        if pairs
+        else "these runs did not count how many are in train themselves."
+    )
+    if max(prompts + pairs) <= LEAKED:
+        return [said[0].upper() + said[1:]]
+    return [
+        f"Warning, leakage: {said} Accuracies on such pairs are no measure of what was learned "
+        "for new prompts, and their intervals do not cover this."
+    ]
+
+
+def _percent(shares: Sequence[float]) -> str:
+    low, high = f"{100 * min(shares):.1f}", f"{100 * max(shares):.1f}"
+    return f"{low} %" if low == high else f"{low} to {high} %"
+
+
 def _comparisons(table: pd.DataFrame) -> list[str]:
     if table.empty:
         return [
@@ -64,37 +98,51 @@ def _comparisons(table: pd.DataFrame) -> list[str]:
         ]
     sentences = []
     for against, rows in table.groupby("against", sort=False):
-        tested = rows[rows["p_pairs_holm"].notna()]
-        if tested.empty:
-            sentences.append(
-                f"Against {against}: the test pairs are not known, so that only seeds are compared."
-            )
-            continue
-        clear = tested[tested["p_pairs_holm"] < LEVEL]
-        better = list(clear.loc[clear["difference"] > 0, "method"])
-        worse = list(clear.loc[clear["difference"] < 0, "method"])
         name = (
             f"the {against} ({rows['baseline'].iloc[0]})" if "single" in str(against) else against
         )
-        clauses = [f"better: {', '.join(better)}"] if better else []
-        clauses += [f"worse: {', '.join(worse)}"] if worse else []
-        outcome = "; ".join(clauses) or "none was shown to differ"
-        low, high = 100 * tested["detectable"].min(), 100 * tested["detectable"].max()
-        sentences.append(
-            f"Against {name}, {len(tested)} methods, on these test pairs: {outcome}. These seeds "
-            f"and pairs could have shown differences of {low:.1f} to {high:.1f} points."
-        )
-    over_seeds = table[table["p_seeds_holm"] < LEVEL]
-    seeds = int(table["seeds"].max())
-    if over_seeds.empty:
-        sentences.append(
-            f"Over seeds ({seeds} at most) no difference is significant: these runs do not show "
-            "that other training runs would repeat them."
-        )
-    else:
-        pairs = ", ".join(f"{r.method} against {r.against}" for r in over_seeds.itertuples())
-        sentences.append(f"Over seeds ({seeds} at most) a difference is significant for {pairs}.")
+        tested = rows[rows["p_holm"].notna()]
+        if len(tested):
+            sentences.append(
+                f"Against {name}, {len(tested)} methods, for another seed and other test pairs: "
+                f"{_outcome(tested, 'p_holm')}. {_power(tested)}"
+            )
+        if tested["p_pairs"].isna().any():
+            sentences.append(
+                f"Against {against}: where the test pairs are not known, only the accuracies of "
+                "seeds are compared."
+            )
+        alone = rows[rows["p_holm"].isna() & rows["p_pairs_holm"].notna()]
+        if len(alone):
+            sentences.append(
+                f"Against {name}, {len(alone)} methods with one seed: another seed cannot be "
+                "judged. For other test pairs and these trained models alone: "
+                f"{_outcome(alone, 'p_pairs_holm')}."
+            )
+        if rows[["p_holm", "p_pairs_holm"]].isna().all(axis=None):
+            sentences.append(f"Against {name}: neither pairs nor seeds suffice for a test.")
     return sentences
+
+
+def _outcome(rows: pd.DataFrame, p: str) -> str:
+    """State which methods are better and which are worse, by a column of p-values."""
+    clear = rows[rows[p] < LEVEL]
+    better = list(clear.loc[clear["difference"] > 0, "method"])
+    worse = list(clear.loc[clear["difference"] < 0, "method"])
+    clauses = [f"better: {', '.join(better)}"] if better else []
+    clauses += [f"worse: {', '.join(worse)}"] if worse else []
+    return "; ".join(clauses) or "none was shown to differ"
+
+
+def _power(rows: pd.DataFrame) -> str:
+    """State the smallest differences that these runs could have shown."""
+    known = 100 * rows["detectable"].dropna()
+    if known.empty:
+        return ""
+    return (
+        f"These seeds and pairs could have shown differences of {known.min():.1f} to "
+        f"{known.max():.1f} points."
+    )
 
 
 def _correlations(table: pd.DataFrame) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from itertools import combinations
 from typing import Any
@@ -11,7 +12,7 @@ import pandas as pd
 
 from mrpo_lab.report.comparisons import own_accuracies
 from mrpo_lab.report.reading import RunRecord
-from mrpo_lab.report.statistics import standard_error
+from mrpo_lab.report.statistics import chi_square, standard_error
 from mrpo_lab.report.study import REFERENCES, Study
 
 SPIKE = 10.0
@@ -227,6 +228,45 @@ def _events(record: RunRecord, run: Any) -> list[str]:
             f"{undecided} pairs to which the weighting gave no weights, so that they became uniform"
         )
     return events
+
+
+def bandit_rewards(study: Study) -> pd.DataFrame:
+    """Test for each method of Thompson sampling whether the rewards of its arms differ.
+
+    A reward is 1 if accuracy on the step's probe rose, else 0; steps of all seeds are counted.
+    """
+    columns = ["bandit/arm", "bandit/probe_before", "bandit/probe_after"]
+    rows = []
+    for (dataset, method), runs in study.compared.groupby(["dataset", "method"], sort=False):
+        counts: Counter[tuple[str, int]] = Counter()
+        for source in runs["source"]:
+            record = study.records[source]
+            if not set(columns) <= set(record.metrics):
+                continue
+            arms = list(record.series("bandit/mean"))
+            for arm, before, after in record.metrics[columns].dropna().to_numpy():
+                counts[arms[int(arm)], int(after > before)] += 1
+        drawn = list(dict.fromkeys(arm for arm, _ in counts))
+        if not drawn:
+            continue
+        table = np.array([[counts[arm, reward] for reward in (0, 1)] for arm in drawn])
+        shares, test = table[:, 1] / table.sum(1), chi_square(table)
+        rows.append(
+            {
+                "dataset": dataset,
+                "method": method,
+                "steps": table.sum(),
+                "arms": len(drawn),
+                "rewarded": table[:, 1].sum() / table.sum(),
+                "lowest": shares.min(),
+                "highest": shares.max(),
+                "chi_square": test.statistic,
+                "degrees": test.degrees,
+                "p": test.p,
+                "expected": test.smallest_expected,
+            }
+        )
+    return pd.DataFrame(rows)
 
 
 def rises(record: RunRecord, before: str, after: str) -> dict[str, float] | None:

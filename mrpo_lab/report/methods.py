@@ -7,12 +7,12 @@ from dataclasses import dataclass, replace
 from mrpo_lab.runs.run_choice import RunChoice
 
 LOSSES = ("dpo", "mdpo", "mrpo", "geometric")
-"""In the order of figures and tables; other losses follow by name."""
+"""Losses in the order of figures and tables; others follow by name."""
 WEIGHTINGS = (
     *("single", "uniform", "fixed", "arwc", "vdw", "vaw"),
     *("swcw", "swcw_oh", "tsw", "vsw", "rmc", "grid"),
 )
-"""In the order of figures and tables; other weightings follow by name."""
+"""Weightings in the order of figures and tables; others follow by name."""
 
 
 @dataclass(frozen=True)

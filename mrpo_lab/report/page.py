@@ -41,14 +41,15 @@ SECTIONS = {
 NOTES = {
     "comparisons": "Each method is compared with the single reference whose DPO runs have the "
     "highest mean accuracy on validation (chosen by test accuracy, the best of several would look "
-    "better than it is), and with uniform weights under the same loss. Two sources of chance are "
-    "kept apart. Pairs: would other test pairs from the same source show the same for these "
-    "trained models? The test sets of all seeds come from one pool and overlap, so a pair that "
-    "several seeds test is one observation: the bootstrap draws it with all its seeds, and the "
-    "exact test flips the signs of all its differences together. Seeds: would other training runs "
-    "show the same? Seeds share training and test pairs, so the variance of the t-test is "
-    "s² (1/S + test/train) (Nadeau and Bengio 2003). With few seeds it has little power; a "
-    "difference that is significant over pairs but not over seeds holds for these trained models.",
+    "better than it is), and with uniform weights under the same loss. The interval and p speak "
+    "of another seed and other test pairs at once: would another training run, tested on other "
+    "pairs of the same pool, show the same? They do not cover another pool of pairs to train on, "
+    "or other settings. All seeds' test sets come from one pool and overlap, so the variance of "
+    "the mean difference is s²/S, from the spread of the S seeds, plus what seeds share because "
+    "they test the same pairs; pairs of one prompt count as one observation. With three seeds "
+    "there are few degrees of freedom, and only large differences are found: see the column "
+    "detectable. p (pairs) asks less: would other test pairs show the same for these trained "
+    "models? Alone it is no evidence that another seed would repeat a difference.",
     "correlations": "A reference is the same model in every seed. The p-values that the paper "
     "gives (one-sided, two-sided) take seeds as independent; if weights and accuracies hardly "
     "change with the seed, they are too small. The column p (one matching) permutes the references "

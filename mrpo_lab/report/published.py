@@ -16,8 +16,12 @@ from mrpo_lab.report.reading import RunRecord
 from mrpo_lab.runs.run_choice import RunChoice
 
 REQUIRED = ("method", "dataset", "seed", "final_test_acc")
-WEIGHT = re.compile(r"(?:alpha|posterior(?:_mean)?)[_/: ](.+)", re.I)
-OWN = re.compile(r"(?:reference_accuracy|accuracy)[_/: ](.+)", re.I)
+COLUMNS = {
+    "mean_alpha": re.compile(r"alpha[_/: ](.+)", re.I),
+    "posterior_mean": re.compile(r"posterior(?:_mean)?[_/: ](.+)", re.I),
+    "test_accuracy": re.compile(r"(?:reference_accuracy|accuracy)[_/: ](.+)", re.I),
+}
+"""Quantities of a reference X, and the names that their columns may have."""
 SINGLE = {"dpo", "single", "ln-dpo"}
 
 
@@ -25,8 +29,9 @@ def read_published(path: Path) -> list[tuple[RunRecord, RunChoice]]:
     """Read a record and its choices from each row of a table.
 
     Columns: those in ``REQUIRED``; ``base``, the loss that a weighting was used with (mdpo, mrpo,
-    ...) or, if ``method`` is dpo, the reference; ``alpha_X`` or ``posterior_X``, the weight of
-    reference X (averaged over steps, or at the end); ``accuracy_X``, the test accuracy of X itself;
+    ...) or, if ``method`` is dpo, the reference; ``alpha_X``, the weight of reference X averaged
+    over steps, and ``posterior_X``, its posterior mean at the end (a row that has posterior means
+    is correlated by these, any other by alpha); ``accuracy_X``, the test accuracy of X itself;
     ``val_acc``; ``base_test_acc``. Accuracies lie between 0 and 1, or are percentages if a test
     accuracy is above 1.
 
@@ -40,9 +45,9 @@ def read_published(path: Path) -> list[tuple[RunRecord, RunChoice]]:
             f"--published {path}: no column {', '.join(missing)}; it has {', '.join(table)}"
         )
     scale = 100.0 if pd.to_numeric(table["final_test_acc"], errors="coerce").max() > 1 else 1.0
-    weights = {m[1]: name for name in table if (m := WEIGHT.fullmatch(name))}
-    own = {m[1]: name for name in table if (m := OWN.fullmatch(name))}
-    references = tuple(weights) or tuple(own)
+    columns = _reference_columns(table)
+    weighted = [slug for slug, known in columns.items() if set(known) - {"test_accuracy"}]
+    references = tuple(weighted or columns)
     rows = []
     for number, row in enumerate(table.to_dict("records"), start=2):
         where = f"{path}:{number}"
@@ -52,10 +57,7 @@ def read_published(path: Path) -> list[tuple[RunRecord, RunChoice]]:
             "test/accuracy": accuracy / scale,
             "val/accuracy": _number(row.get("val_acc")) / scale,
             "base/test_accuracy": _number(row.get("base_test_acc")) / scale,
-            "references": {
-                slug: _reference(row, weights.get(slug), own.get(slug), scale)
-                for slug in dict.fromkeys([*weights, *own])
-            },
+            "references": {slug: _reference(row, known, scale) for slug, known in columns.items()},
         }
         ended = math.isfinite(accuracy)
         record = RunRecord(
@@ -82,14 +84,23 @@ def _number(value: Any) -> float:
     return float(number)
 
 
-def _reference(
-    row: dict[str, Any], weight: str | None, own: str | None, scale: float
-) -> dict[str, float]:
+def _reference_columns(table: pd.DataFrame) -> dict[str, dict[str, list[str]]]:
+    """For each reference and key of ``COLUMNS``, the names of the columns that may hold it."""
+    found: dict[str, dict[str, list[str]]] = {}
+    for key, pattern in COLUMNS.items():
+        for name in table:
+            if match := pattern.fullmatch(name):
+                found.setdefault(match[1], {}).setdefault(key, []).append(name)
+    return found
+
+
+def _reference(row: dict[str, Any], known: dict[str, list[str]], scale: float) -> dict[str, float]:
+    """What a row says of one reference; of several columns of a kind, the first that has it."""
     found = {}
-    if weight is not None and math.isfinite(_number(row[weight])):
-        found["mean_alpha"] = _number(row[weight])
-    if own is not None and math.isfinite(_number(row[own])):
-        found["test_accuracy"] = _number(row[own]) / scale
+    for key, names in known.items():
+        values = [value for name in names if math.isfinite(value := _number(row[name]))]
+        if values:
+            found[key] = values[0] / (scale if key == "test_accuracy" else 1.0)
     return found
 
 

@@ -37,7 +37,7 @@ def side_by_side(study: Study, records: Sequence[RunRecord]) -> tuple[list[str],
 
 
 def _column(record: RunRecord, run: Any) -> dict[str, str]:
-    """What is shown of one run, by the name of the row."""
+    """Cells of one run, by the name of the row."""
     spent, gpus = hours(record)
     column = {
         "dataset": str(run["dataset"]),

@@ -1,9 +1,10 @@
 """Statistics of the study as pure functions of arrays, each with its source.
 
-Three kinds of chance are kept apart. Which *pairs* were drawn for testing: ``clustered_bootstrap``
-and ``sign_flip_p``. Which *seeds* were trained: ``resampled_t``. Which *reference* is which:
-``mean_tau_test``. All seeds' test sets come from one pool and overlap, so a pair that several seeds
-test is one observation, wherever it appears: it is resampled, or its sign flipped, as a whole.
+Another seed *and* other test pairs: ``crossed_t``, and ``resampled_t`` where only the accuracy of
+each seed is known. Other test pairs alone, for models that are trained: ``clustered_bootstrap``,
+``sign_flip_p``. Which reference is which: ``mean_tau_test``. All seeds' test sets come from one
+pool and overlap, so a pair that several seeds test is one observation, and so are the pairs of one
+prompt: they are resampled, or their signs flipped, together.
 """
 
 from __future__ import annotations
@@ -200,70 +201,178 @@ def sign_flip_p(differences: np.ndarray) -> float:
 
 
 def clustered_bootstrap(
-    differences: np.ndarray, rng: np.random.Generator, resamples: int = 2000
+    differences: np.ndarray,
+    rng: np.random.Generator,
+    resamples: int = 2000,
+    clusters: np.ndarray | None = None,
 ) -> np.ndarray:
     """Resample the mean differences (resamples, M) of M comparisons.
 
-    Pairs are drawn with replacement, each with all seeds that test it (cluster bootstrap; Davison
-    and Hinkley 1997, section 3.8). The estimate is the mean over seeds of each seed's mean over its
-    pairs.
+    Clusters of pairs are drawn with replacement, each with all its pairs and all seeds that test
+    them (cluster bootstrap; Davison and Hinkley 1997, section 3.8). The estimate is the mean over
+    seeds of each seed's mean over its pairs.
 
     Args:
         differences: (N, S, M) for N pairs, S seeds and M comparisons, NaN where a seed does not
             test a pair.
+        clusters: (N,) the cluster that each pair belongs to, numbered from 0; by default each pair
+            is a cluster.
     """
-    pairs, seeds, comparisons = differences.shape
-    tested = np.isfinite(differences[:, :, 0]).astype(np.float32)
-    values = np.nan_to_num(differences).reshape(pairs, -1).astype(np.float32)
+    totals, numbers = _by_cluster(differences, clusters)
+    size, shape = len(totals), totals.shape[1:]
+    sums, counts = (x.reshape(size, -1).astype(np.float32) for x in (totals, numbers))
     estimates = []
     for _ in range(0, resamples, 250):
-        drawn = rng.multinomial(pairs, np.full(pairs, 1 / pairs), size=250).astype(np.float32)
-        sums = (drawn @ values).reshape(250, seeds, comparisons)
-        counts = np.maximum(drawn @ tested, 1)[:, :, None]
-        estimates.append((sums / counts).mean(1))
+        drawn = rng.multinomial(size, np.full(size, 1 / size), size=250).astype(np.float32)
+        means = (drawn @ sums) / np.maximum(drawn @ counts, 1)
+        estimates.append(means.reshape(250, *shape).mean(1))
     return np.concatenate(estimates)[:resamples]
 
 
-@dataclass(frozen=True)
-class SeedTest:
-    """Mean difference over seeds, its standard error, and the p-value of a t-test.
+def _by_cluster(
+    differences: np.ndarray, clusters: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Sum of the differences in each cluster and their number; NaN is left out."""
+    tested = np.isfinite(differences).astype(float)
+    values = np.nan_to_num(differences)
+    if clusters is None:
+        return values, tested
+    sums = np.zeros((int(clusters.max(initial=-1)) + 1, *differences.shape[1:]))
+    counts = np.zeros_like(sums)
+    np.add.at(sums, clusters, values)
+    np.add.at(counts, clusters, tested)
+    return sums, counts
 
-    The last two are NaN with fewer than two seeds.
+
+@dataclass(frozen=True)
+class MeanTest:
+    """A mean difference with the standard error and degrees of freedom of its t-test.
+
+    ``standard_error`` and ``p`` (two-sided) are NaN where the seeds do not say them.
     """
 
     mean: float
     standard_error: float
+    degrees: float
     p: float
 
+    def interval(self, level: float = 0.95) -> tuple[float, float]:
+        """Confidence interval of the mean."""
+        reach = float(stats.t.ppf((1 + level) / 2, self.degrees)) * self.standard_error
+        return self.mean - reach, self.mean + reach
 
-def resampled_t(differences: Sequence[float], test_share: float) -> SeedTest:
+
+def crossed_t(differences: np.ndarray, clusters: np.ndarray | None = None) -> MeanTest:
+    """Test of the mean difference over other seeds and other test pairs at once.
+
+    Seeds and clusters of pairs (prompts) are two crossed random effects (Clark 1973; Judd, Westfall
+    and Kenny 2012). With s^2 the variance of the S seeds' means, and C (S, S) the covariance that
+    these means have from the pairs, estimated over clusters, the variance of their mean is
+    s^2 / S + c, where c is the mean of C off the diagonal: what seeds share because they test the
+    same pairs. It is the variance with two-way clustering (Cameron, Gelbach and Miller 2011), and
+    unbiased however much the test sets overlap. Degrees of freedom are Satterthwaite's (1946); for
+    them alone, s^2 is not taken to be smaller than what the pairs explain of it, as it would often
+    be by luck with three seeds. ``python -m mrpo_lab.report.simulation`` shows how often it errs.
+
+    Args:
+        differences: (N, S) for N pairs and S seeds, NaN where a seed does not test a pair.
+        clusters: (N,) the cluster that each pair belongs to, numbered from 0; by default each pair
+            is a cluster.
+    """
+    sums, counts = _by_cluster(differences, clusters)
+    sizes = counts.sum(0)
+    if not len(sums) or not sizes.all():
+        return MeanTest(math.nan, math.nan, math.nan, math.nan)
+    means = sums.sum(0) / sizes
+    mean, seeds, number = float(means.mean()), len(means), int((counts.sum(1) > 0).sum())
+    if seeds < 2 or number < 2:
+        return MeanTest(mean, math.nan, math.nan, math.nan)
+    shares = (sums - counts * means) / sizes
+    covariance = shares.T @ shares * number / (number - 1)
+    alone = float(np.trace(covariance)) / seeds
+    shared = (float(covariance.sum()) - seeds * alone) / (seeds * (seeds - 1))
+    shared, explained = max(shared, 0.0), max(alone - shared, 0.0)
+    spread = float(means.var(ddof=1))
+    if spread <= TOLERANCE**2:  # seeds agree exactly, as few pairs make them: pairs tell the spread
+        spread = explained
+    parts = max(spread, explained) / seeds, shared
+    if sum(parts) <= TOLERANCE**2:  # the methods differ alike on all pairs
+        return MeanTest(mean, 0.0, math.nan, math.nan if abs(mean) > TOLERANCE else 1.0)
+    degrees = sum(parts) ** 2 / (parts[0] ** 2 / (seeds - 1) + parts[1] ** 2 / (number - 1))
+    error = math.sqrt(spread / seeds + shared)
+    return MeanTest(mean, error, degrees, float(2 * stats.t.sf(abs(mean) / error, degrees)))
+
+
+def resampled_t(differences: Sequence[float], test_share: float) -> MeanTest:
     """Corrected resampled t-test, two-sided (Nadeau and Bengio 2003, eq. 10).
 
-    All seeds draw their training and test pairs from one pool, so that they overlap. Differences of
-    seeds are then correlated and the variance s^2 / S is too small; s^2 (1 / S + test_share) is
-    used instead.
+    It needs only one difference for each seed. All seeds draw their test pairs from one pool, so
+    that these overlap, differences of seeds are correlated, and the variance s^2 / S is too small;
+    s^2 (1 / S + test_share) is used instead.
 
     Args:
         differences: one for each of S seeds.
-        test_share: number of test pairs over number of training pairs.
+        test_share: test / (pool - test), the number of test pairs over that of all other pairs of
+            the pool. It is the ratio of the paper if training uses all other pairs. Test over
+            training pairs is far too much if training uses few.
     """
     values = np.asarray(differences, dtype=float)
     mean, seeds = float(values.mean()), len(values)
     if seeds < 2:
-        return SeedTest(mean, math.nan, math.nan)
+        return MeanTest(mean, math.nan, math.nan, math.nan)
     error = math.sqrt(float(values.var(ddof=1)) * (1 / seeds + test_share))
     if error <= TOLERANCE:  # all seeds are alike, so there is no spread to test against
-        return SeedTest(mean, error, math.nan)
-    return SeedTest(mean, error, float(2 * stats.t.sf(abs(mean / error), seeds - 1)))
+        return MeanTest(mean, error, seeds - 1, math.nan)
+    return MeanTest(mean, error, seeds - 1, float(2 * stats.t.sf(abs(mean / error), seeds - 1)))
 
 
-def smallest_detectable(standard_error: float, tests: int = 1, level: float = 0.05) -> float:
+@dataclass(frozen=True)
+class ContingencyTest:
+    """Pearson's chi-square test of independence."""
+
+    statistic: float
+    degrees: int
+    p: float
+    smallest_expected: float
+    """The test is approximate, and doubtful if this expected count is below 5 (Cochran 1954)."""
+
+
+def chi_square(counts: np.ndarray) -> ContingencyTest:
+    """Chi-square test of whether rows of counts (A, B) have the same proportions (Pearson 1900).
+
+    Rows and columns without any count are left out; with fewer than two rows or columns left there
+    is nothing to test, and p is NaN.
+    """
+    table = np.asarray(counts, dtype=float)
+    table = table[table.sum(1) > 0][:, table.sum(0) > 0]
+    if min(table.shape) < 2:
+        return ContingencyTest(math.nan, 0, math.nan, math.nan)
+    found = stats.chi2_contingency(table, correction=False)
+    return ContingencyTest(
+        float(found.statistic),
+        int(found.dof),
+        float(found.pvalue),
+        float(found.expected_freq.min()),
+    )
+
+
+def pearson(x: Sequence[float], y: Sequence[float]) -> float:
+    """Pearson's correlation; NaN if all of x or all of y are equal."""
+    if min(np.ptp(x), np.ptp(y)) <= TOLERANCE:
+        return math.nan
+    return float(stats.pearsonr(x, y).statistic)
+
+
+def smallest_detectable(
+    standard_error: float, tests: int = 1, level: float = 0.05, degrees: float = math.inf
+) -> float:
     """Smallest difference that a test finds with 80 % power at two-sided ``level`` / ``tests``.
 
-    (z_{1 - level / (2 tests)} + z_0.8) standard errors, for a normal estimate (Bloom 1995).
+    (t_{1 - level / (2 tests)} + t_0.8) standard errors, with quantiles of Student's distribution of
+    ``degrees``, by default the normal one (Bloom 1995).
     """
-    z = stats.norm.ppf(1 - level / (2 * tests)) + stats.norm.ppf(0.8)
-    return float(z * standard_error)
+    quantiles = stats.t.ppf([1 - level / (2 * tests), 0.8], degrees)
+    return float(quantiles.sum() * standard_error)
 
 
 def holm(ps: Sequence[float]) -> np.ndarray:

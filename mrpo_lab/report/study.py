@@ -24,7 +24,7 @@ class Study:
     """All runs of a report: as records, and as a table."""
 
     records: dict[str, RunRecord]
-    """By source."""
+    """Finished runs by the source they were read from."""
     runs: pd.DataFrame
     """One row per run that could be read, indexed by source; ``_row`` lists the columns.
 
@@ -33,7 +33,7 @@ class Study:
     main: dict[str, dict[str, str]]
     """For each data set, the setting that most of its runs share: methods are compared in it."""
     ordered_methods: list[Method]
-    """In the order of figures and tables."""
+    """Methods in the order of figures and tables."""
     missing: pd.DataFrame
     """dataset, method, seed, why: cells of the main setting without a finished run."""
 
@@ -148,6 +148,7 @@ def _row(record: RunRecord, choice: RunChoice, named: set[str]) -> dict[str, Any
         "k": len(choice.references),
         "train_pairs": result.get("pairs", {}).get("train", np.nan),
         "test_pairs": result.get("pairs", {}).get("test", np.nan),
+        "pool": _pool(record),
         "test": _number(result.get("test/accuracy")),
         "val": _number(result.get("val/accuracy")),
         "base": _number(result.get("base/test_accuracy")),
@@ -155,6 +156,13 @@ def _row(record: RunRecord, choice: RunChoice, named: set[str]) -> dict[str, Any
         "steps": record.steps or result.get("steps", 0),
         "started": started[-1] if started else "",
     }
+
+
+def _pool(record: RunRecord) -> float:
+    """Number of pairs from which the splits of every seed are drawn; NaN if it is not known."""
+    drawn = record.config.get("dataset", {}).get("pool")
+    eligible = record.result.get("counts", {}).get("eligible")
+    return float(drawn or eligible or sum(record.result.get("pairs", {}).values()) or np.nan)
 
 
 def _number(value: Any) -> float:

@@ -103,6 +103,11 @@ def format_signed_2f(value: Any) -> str:
     return f"{value:+.2f}" if _known(value) else UNKNOWN
 
 
+def format_2f(value: Any) -> str:
+    """A number with two decimals."""
+    return f"{value:.2f}" if _known(value) else UNKNOWN
+
+
 def format_p(value: Any) -> str:
     """A p-value: three decimals, or its magnitude if it is below 0.001."""
     if not _known(value):
@@ -133,6 +138,8 @@ TEX = {
     "±": r"$\pm$",
     "α": r"$\alpha$",
     "β": r"$\beta$",
+    "χ": r"$\chi$",
+    "²": r"$^2$",
     "τ": r"$\tau$",
     "½": r"$\frac12$",
     "|": r"\textbar{}",
@@ -185,10 +192,12 @@ def comparison(frame: pd.DataFrame) -> ReportTable:
         "comparisons",
         "Methods against baselines",
         "Difference of test accuracies in points, method minus baseline, on the same seeds and "
-        "pairs. Interval: 95 %, bootstrap over test pairs. p (pairs): exact sign-flip test. p "
-        "(seeds): corrected resampled t-test. Holm: over all comparisons of the dataset. "
-        "Detectable: the smallest difference found with 80 % power at 0.05 over the number of "
-        "comparisons.",
+        "pairs. From, to: 95 % interval for another seed and other test pairs of the same pool. p: "
+        "the same as a t-test, seeds and prompts being crossed random effects; both from seeds "
+        "alone where pairs are not known. Holm: p over all comparisons of the dataset. Detectable: "
+        "the smallest difference found with 80 % power at 0.05 over their number. p (pairs): exact "
+        "sign-flip test over other test pairs alone, for these trained models. p (seeds): "
+        "corrected resampled t-test, from the accuracy of each seed alone.",
         frame,
         {
             **ABOUT,
@@ -199,11 +208,11 @@ def comparison(frame: pd.DataFrame) -> ReportTable:
             "difference": ("difference", format_signed_points),
             "low": ("from", format_signed_points),
             "high": ("to", format_signed_points),
-            "p_pairs": ("p (pairs)", format_p),
-            "p_pairs_holm": ("Holm", format_p),
-            "p_seeds": ("p (seeds)", format_p),
-            "p_seeds_holm": ("Holm ", format_p),
+            "p": ("p", format_p),
+            "p_holm": ("Holm", format_p),
             "detectable": ("detectable", format_points),
+            "p_pairs": ("p (pairs)", format_p),
+            "p_seeds": ("p (seeds)", format_p),
         },
     )
 
@@ -239,7 +248,8 @@ def correlation(study: Study, target: str) -> ReportTable:
         "correlations",
         title,
         f"{caption} p: exact for that average, ties included, seeds independent; p (one matching): "
-        "exact, two-sided, permuting the references alike in all seeds.",
+        "exact, two-sided, permuting the references alike in all seeds. r: Pearson's correlation, "
+        "averaged over seeds, with its standard error over seeds.",
         frame(),
         {
             **ABOUT,
@@ -252,7 +262,34 @@ def correlation(study: Study, target: str) -> ReportTable:
             "p_two_sided": ("p, two-sided", format_p),
             "p_holm": ("Holm", format_p),
             "p_one_matching": ("p (one matching)", format_p),
+            "pearson": ("mean r", format_signed_2f),
+            "pearson_se": ("s.e. of r", format_2f),
             "why": ("undefined because", format_text),
+        },
+    )
+
+
+def bandit_rewards(study: Study) -> ReportTable:
+    return ReportTable(
+        "bandit-rewards",
+        "bandit",
+        "Do the arms' rewards differ?",
+        "Steps of all seeds of Thompson sampling: a step is rewarded if the policy's accuracy on "
+        "its probe of validation pairs rose. Rewarded: over all arms, and for the arms with the "
+        "smallest and the largest share. p: chi-square test that all arms have the same share. It "
+        "takes steps as independent, and is doubtful if the smallest expected count is below 5.",
+        measures.bandit_rewards(study),
+        {
+            **ABOUT,
+            "steps": ("steps", format_int),
+            "arms": ("arms", format_int),
+            "rewarded": ("rewarded", format_percent),
+            "lowest": ("lowest", format_percent),
+            "highest": ("highest", format_percent),
+            "chi_square": ("χ²", format_2f),
+            "degrees": ("d.f.", format_int),
+            "p": ("p", format_p),
+            "expected": ("smallest expected", format_2f),
         },
     )
 
@@ -349,6 +386,7 @@ def all_tables(
         accuracy(study),
         missing(study),
         comparison(compared),
+        bandit_rewards(study),
         *(correlation(study, target) for target in ("own", "single", "accuracy")),
         pair_weights(study),
         instability(study),

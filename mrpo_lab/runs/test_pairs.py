@@ -18,7 +18,7 @@ from mrpo_lab.storage.files import write_parquet
 
 
 def pair_names(ids: np.ndarray) -> list[str]:
-    """A name for each row of reply ids (N, R): the same texts have the same name in all runs."""
+    """A name for each row of ids (N, R): the same texts have the same name in all runs."""
     return [hashlib.blake2b(row.tobytes(), digest_size=8).hexdigest() for row in ids]
 
 
@@ -38,6 +38,7 @@ def reference_weights(loss: PreferenceLoss, policy: Scores, refs: Scores, target
 def write_test_pairs(
     path: Path,
     ids: np.ndarray,
+    prompts: np.ndarray,
     slugs: Sequence[str],
     refs: Scores,
     before: Scores,
@@ -47,14 +48,15 @@ def write_test_pairs(
 ) -> None:
     """Write one row per test pair.
 
-    Columns: ``pair`` (its name), ``margin_before`` and ``margin`` (the policy's margin before and
-    after training), and for each reference its ``margin/SLUG``, ``weight/SLUG`` (see
-    ``reference_weights``, under the trained policy) and ``tokens/SLUG`` (length of the chosen reply
-    minus that of the rejected one, in the reference's own tokens; for a list weighted as its margin
-    is). Margins are in nats per token.
+    Columns: ``pair`` (its name), ``prompt`` (the name of its prompt), ``margin_before`` and
+    ``margin`` (the policy's margin before and after training), and for each reference its
+    ``margin/SLUG``, ``weight/SLUG`` (see ``reference_weights``, under the trained policy) and
+    ``tokens/SLUG`` (length of the chosen reply minus that of the rejected one, in the reference's
+    own tokens; for a list weighted as its margin is). Margins are in nats per token.
 
     Args:
         ids: reply ids (N, R).
+        prompts: prompt ids (N,).
         slugs: names of the K references.
         refs: scores (N, K, R) of the references.
         before, after: scores (N, R) of the policy before and after training.
@@ -63,6 +65,7 @@ def write_test_pairs(
     """
     columns: dict[str, object] = {
         "pair": pair_names(ids),
+        "prompt": pair_names(prompts[:, None]),
         "margin_before": before.margins(target).numpy(),
         "margin": after.margins(target).numpy(),
     }

@@ -6,7 +6,7 @@ Policy and references, training, evaluation and stored scores all come through `
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,10 +16,11 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from mrpo_lab.data.texts import Replies, TokenRow
-from mrpo_lab.errors import first_line
+from mrpo_lab.errors import UserError, first_line
 from mrpo_lab.objective.scores import Scores, per_prompt
 from mrpo_lab.scoring import attention
 from mrpo_lab.scoring.head import Head, log_softmax_at, widened
+from mrpo_lab.scoring.limits import check_rows, max_positions
 from mrpo_lab.scoring.packing import (
     NO_PADDING,
     PadToMultipleOf,
@@ -58,6 +59,9 @@ class ReplyScorer:
         Args:
             model: a causal language model of transformers, or a peft model around one.
             kernels: ``off`` never packs, and takes whole logits from the model itself.
+
+        Raises:
+            UserError: the model is not causal, or an adapter acts outside the model's layers.
         """
         self.model = model
         causal = model.get_base_model() if hasattr(model, "peft_config") else model
@@ -67,7 +71,13 @@ class ReplyScorer:
             # rounds, fails on some widths, and from then on no gradient passes through them.
             if hasattr(layer, "support_avx512bf16_for_cpu"):
                 layer.support_avx512bf16_for_cpu = False
-        self._head = self._find_head() if kernels == "auto" else None
+        config = causal.config.get_text_config()
+        self.positions = max_positions(config)
+        """Largest number of tokens of a row, or None; see ``max_positions``."""
+        own = self._probe()
+        embeddings = getattr(causal.get_input_embeddings(), "num_embeddings", own.shape[-1])
+        self._vocabulary = min(embeddings, own.shape[-1])
+        self._head = self._find_head(own) if kernels == "auto" else None
         # Packed attention is made for CPUs: the fused kernels of a GPU want padded rows.
         self.packs = self._head is not None and self.device.type == "cpu"
         """Whether items are packed; until the first use, whether that will be tried."""
@@ -99,6 +109,9 @@ class ReplyScorer:
 
         Returns:
             For each reply the sum over its tokens, in nats, in float64; and its number of tokens.
+
+        Raises:
+            UserError: a row has more tokens than the model has positions, or unknown tokens.
         """
         self._check_packing(items)
         if self.packs:
@@ -112,6 +125,7 @@ class ReplyScorer:
         self, rows: Sequence[TokenRow], side: Side = "right"
     ) -> tuple[Float[Tensor, " B"], Int[Tensor, " B"]]:
         """``logps`` of separate rows, padded to one length, which every model can compute."""
+        self._check_rows(rows)
         batch = collate(rows, self.device, side)
         row, column = batch.is_reply.nonzero(as_tuple=True)
         targets = batch.input_ids[row, column]
@@ -151,8 +165,12 @@ class ReplyScorer:
                 advance(sum(replies))
         return Scores(sums, counts)
 
+    def _check_rows(self, rows: Iterable[TokenRow]) -> None:
+        check_rows(rows, type(self._causal).__name__, self.positions, self._vocabulary)
+
     def _packed_logps(self, items: Sequence[Replies]) -> tuple[Tensor, Tensor]:
-        padding = PADDING_16_BIT if self._causal.dtype.itemsize == 2 else NO_PADDING
+        self._check_rows(row for item in items for row in item)
+        padding = PADDING_16_BIT if self._is_16_bit else NO_PADDING
         packed = pack(items, self.device, padding)
         hidden = self._causal.base_model(
             input_ids=packed.input_ids,
@@ -182,8 +200,7 @@ class ReplyScorer:
         chosen = longest_and_median([packed_tokens(item) for item in items])
         typical = [tuple(sorted(items[i], key=lambda row: len(row.ids))) for i in chosen]
         last = np.cumsum([len(item) for item in typical]) - 1
-        is_16_bit = self._causal.dtype.itemsize == 2
-        tolerance = PACKING_TOLERANCE_16_BIT if is_16_bit else PACKING_TOLERANCE
+        tolerance = PACKING_TOLERANCE_16_BIT if self._is_16_bit else PACKING_TOLERANCE
         with torch.random.fork_rng(devices=[]), evaluating(self.model):
             alone = [self.padded_logps(item[-1:]) for item in typical]
             padded, counts = (torch.cat(parts) for parts in zip(*alone, strict=True))
@@ -213,27 +230,81 @@ class ReplyScorer:
             **positions,
         )
 
-    def _find_head(self) -> Head | None:
-        """The model's output embedding, or None if the model does more to its logits than ``Head``
-        can: then whole logits are taken from the model."""
-        config = self._causal.config.get_text_config()
-        scale = getattr(config, "logit_scale", None) or 1 / (
-            getattr(config, "logits_scaling", None) or 1
-        )
-        softcap = getattr(config, "final_logit_softcapping", None)
-        projection = self._causal.get_output_embeddings()
-        head = Head(projection, int(config.vocab_size), float(scale), softcap)
-        ids = torch.arange(1, 5, device=self.device).remainder(head.vocabulary).unsqueeze(0)
+    def _probe(self) -> Float[Tensor, "1 T V"]:
+        """The model's own logits of a few tokens, as ``_probe_ids`` has them.
+
+        Raises:
+            UserError: the logits depend on later tokens, or peft's forward pass does more than the
+                model with its layers.
+        """
+        name = type(self._causal).__name__
+        ids = self._probe_ids()
+        other = ids.clone()
+        other[0, -1] = ids[0, 0]
         with evaluating(self.model):
-            own = widened(self._causal(input_ids=ids, use_cache=False).logits)
-            ours = head(self._causal.base_model(input_ids=ids, use_cache=False).last_hidden_state)
-        if ours.shape == own.shape and torch.allclose(ours, own, rtol=1e-2, atol=1e-2):
+            own, later = (
+                widened(self._causal(input_ids=tokens, use_cache=False).logits)
+                for tokens in (ids, other)
+            )
+            through_peft = own
+            if self.model is not self._causal:
+                through_peft = widened(self.model(input_ids=ids, use_cache=False).logits)
+        if own.shape != through_peft.shape or not _alike(own, through_peft, self._is_16_bit):
+            raise UserError(
+                f"{name}: the adapter acts in peft's own forward pass and not in the model's "
+                "layers, which is not supported: merge it, or use an adapter such as LoRA"
+            )
+        if not _alike(own[:, :-1], later[:, :-1], self._is_16_bit):
+            raise UserError(
+                f"{name} is not causal: its logits at a token depend on the tokens after it, so "
+                "that it sees what it is to predict: give a decoder, or set is_decoder in its "
+                "config.json"
+            )
+        return own
+
+    def _probe_ids(self) -> Int[Tensor, "1 T"]:
+        vocabulary = self._causal.config.get_text_config().vocab_size
+        return torch.arange(1, 5, device=self.device).remainder(vocabulary).unsqueeze(0)
+
+    @property
+    def _is_16_bit(self) -> bool:
+        return bool(self._causal.dtype.itemsize == 2)
+
+    def _find_head(self, own: Float[Tensor, "1 T V"]) -> Head | None:
+        """The model's output embedding, or None if the model does more to its logits than ``Head``
+        can: then whole logits are taken from the model. ``own`` is what ``_probe`` found."""
+        head = self._configured_head()
+        if head is not None and self._fits(head, own):
             return head
         logger.warning(
             "%s computes its logits in a way of its own: whole logits are held in memory",
             type(self._causal).__name__,
         )
         return None
+
+    def _fits(self, head: Head, own: Float[Tensor, "1 T V"]) -> bool:
+        """Whether ``head`` computes the model's own logits from its body's hidden states."""
+        with evaluating(self.model):
+            body = self._causal.base_model(input_ids=self._probe_ids(), use_cache=False)
+            hidden = getattr(body, "last_hidden_state", None)
+            if hidden is None:
+                return False
+            ours = head(hidden)
+        return ours.shape == own.shape and torch.allclose(ours, own, rtol=1e-2, atol=1e-2)
+
+    def _configured_head(self) -> Head | None:
+        """The output embedding as the configuration describes it, or None where the model's body
+        cannot be called without it."""
+        projection = self._causal.get_output_embeddings()
+        # In some models, such as Llama4ForCausalLM, the base model is the model itself.
+        if projection is None or self._causal.base_model is self._causal:
+            return None
+        config = self._causal.config.get_text_config()
+        scale = getattr(config, "logit_scale", None) or 1 / (
+            getattr(config, "logits_scaling", None) or 1
+        )
+        softcap = getattr(config, "final_logit_softcapping", None)
+        return Head(projection, int(config.vocab_size), float(scale), softcap)
 
 
 @contextmanager
@@ -246,6 +317,13 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             yield
     finally:
         model.train(training)
+
+
+def _alike(one: Tensor, other: Tensor, is_16_bit: bool) -> bool:
+    """Whether two ways to compute logits agree, up to rounding. Numbers that are not finite pass:
+    they are found where scores are."""
+    near = 0.05 if is_16_bit else 0.01
+    return not float((one - other).abs().mean()) > near * float(one.abs().mean())
 
 
 def difference(

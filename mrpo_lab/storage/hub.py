@@ -14,7 +14,7 @@ from mrpo_lab.storage.network import connection_error
 
 logger = logging.getLogger(__name__)
 
-FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.py"]
+FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.py", "*.tiktoken", "*.codes"]
 """The files of a model that are downloaded."""
 
 

@@ -60,15 +60,24 @@ class Table:
         Raises:
             UserError: the cache cannot be written to.
         """
-        content = {**key, "columns": dict(columns)}
-        digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
-        folder = cache.root() / kind / digest
-        text = json.dumps({"first_opened_as": name, **content}, indent=2)
+        folder = cls._place(kind, key, columns)
+        text = json.dumps({"first_opened_as": name, **key, "columns": dict(columns)}, indent=2)
         with cache.writing():
             folder.mkdir(parents=True, exist_ok=True)
             if not (folder / "key.json").exists():
                 write_whole(folder / "key.json", text.encode())
         return cls(folder, columns)
+
+    @classmethod
+    def find(cls, kind: str, key: Mapping[str, Any], columns: Mapping[str, str]) -> Table | None:
+        """The table of ``key`` if it exists; none is created."""
+        folder = cls._place(kind, key, columns)
+        return cls(folder, columns) if folder.is_dir() else None
+
+    @staticmethod
+    def _place(kind: str, key: Mapping[str, Any], columns: Mapping[str, str]) -> Path:
+        content = json.dumps({**key, "columns": dict(columns)}, sort_keys=True)
+        return cache.root() / kind / hashlib.sha256(content.encode()).hexdigest()[:16]
 
     def read(self, ids: np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray]:
         """Read the numbers of ``ids``, an array of any shape.

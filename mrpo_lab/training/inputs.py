@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from mrpo_lab.data.conditioning import conditioned
+from mrpo_lab.data.conformance import check_rows
 from mrpo_lab.data.texts import Item, Message, Replies
 from mrpo_lab.data.tokenization import Tokenization
 from mrpo_lab.errors import UserError
@@ -46,6 +48,28 @@ class PolicyTokens:
         new = [i for i in dict.fromkeys(indices) if i not in self._known]
         self._known.update(zip(new, self._tokenize([self._items[i] for i in new]), strict=True))
         return [self._known[i] for i in indices]
+
+    def check(self) -> None:
+        """Check the first item: its tokens, and that they depend on lambda if conditioned.
+
+        Raises:
+            UserError: a text is not where it belongs, or two lambdas give the same prompt.
+        """
+        aspects = len(self._aspects)
+        corners = torch.eye(aspects) if self.conditioned else torch.ones(1, aspects)
+        seen: set[bytes] = set()
+        for lambda_ in corners:
+            item = replace(self._items[0], prompt=self.prompt(0, lambda_))
+            (rows,) = self._tokenize([item])
+            problems = check_rows(self._tokenization.format, [item], [rows])
+            if problems:
+                raise UserError(f"model: {problems[0]}: does its template fit?")
+            seen.add(rows[0].ids[: rows[0].start].tobytes())
+        if len(seen) < len(corners):
+            raise UserError(
+                "lambda.condition: prompts for different lambda have the same tokens under the "
+                "policy's template: set lambda.condition=false or give another model.template"
+            )
 
     def prompt(self, index: int, lambda_: Float[Tensor, " A"]) -> tuple[Message, ...]:
         """The prompt that the policy is given for an item, with lambda in it if conditioned."""

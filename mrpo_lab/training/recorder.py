@@ -10,6 +10,7 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
+from mrpo_lab.data.ids import text_ids
 from mrpo_lab.errors import UserError
 from mrpo_lab.models.policy import Policy
 from mrpo_lab.objective.losses import PreferenceLoss
@@ -95,6 +96,7 @@ class Recorder:
             write_test_pairs(
                 self.run.folder / "test_pairs.parquet",
                 data.ids[data.test],
+                text_ids(data.items[i] for i in data.test.tolist())[0],
                 data.slugs,
                 data.refs[data.test.tolist()],
                 Scores(**state.base_test),

@@ -167,7 +167,7 @@ class Trainer:
         slugs, accuracy = self.data.slugs, float(policy.accuracy(target))
         metrics = batch_metrics(self.loss, scores, batch.refs, alpha, target, slugs, accuracy)
         metrics["train/grad_norm"] = self.gradient_norm(batch)
-        metrics["train/lr"] = self.scheduler.get_last_lr()[0]
+        metrics["train/lr"] = float(self.scheduler.get_last_lr()[0])
         self.optimizer.step()
         self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)

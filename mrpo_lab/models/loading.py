@@ -1,0 +1,227 @@
+"""From a folder of weights to a model that has all of them, or a refusal that names the fault."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+from transformers.utils import logging as transformers_logging
+
+from mrpo_lab.errors import UserError, first_line
+
+META = torch.device("meta")
+"""The device on which a model has shapes and no numbers: loading there takes no memory."""
+FLOATS = ("F64", "F32", "F16", "BF16")
+"""Types of safetensors that are numbers as they stand; others need a scale, which is elsewhere."""
+NAMED = 4
+"""Number of tensors that a message names; of the others it says how many there are."""
+LFS_POINTER = b"version https://git-lfs"
+
+
+def load_model(
+    folder: Path,
+    *,
+    path: str,
+    dtype: torch.dtype,
+    quantization: str | None,
+    trust_remote_code: bool,
+    device: torch.device,
+) -> nn.Module:
+    """The model as transformers makes it, in evaluation mode on ``device``.
+
+    A checkpoint that is stored quantized is loaded as its own config.json says.
+
+    Args:
+        path: what messages call the model.
+        quantization: nf4 or int8 to quantize the weights while loading.
+        device: on ``META`` shapes and names are checked without reading any number.
+
+    Raises:
+        UserError: not a causal language model in safetensors; or a tensor is missing, has no place
+            in the model, or has another shape. transformers would fill it at random.
+    """
+    settings: dict[str, Any] = {}
+    if quantization:
+        settings["quantization_config"] = _bitsandbytes(quantization, dtype)
+    # Quantized weights are placed while loading; the others are moved afterwards.
+    placed = bool(quantization or stored_quantization(folder)) or device == META
+    if placed:
+        settings["device_map"] = {"": device}
+    with _no_report():
+        try:
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=dtype,
+                use_safetensors=True,
+                trust_remote_code=trust_remote_code,
+                ignore_mismatched_sizes=True,  # so that the report names them all
+                output_loading_info=True,
+                **settings,
+            )
+        # What a folder of somebody else's makes transformers raise is of any class.
+        except Exception as error:
+            raise UserError(f"{path}: cannot be loaded: {first_line(error)}") from error
+    model, report = loaded
+    _check_report(path, model, report, device)
+    model.eval()
+    on_device: nn.Module = model if placed else model.to(device)
+    return on_device
+
+
+def _bitsandbytes(quantization: str, dtype: torch.dtype) -> BitsAndBytesConfig:
+    if quantization == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
+    )
+
+
+def _check_report(
+    path: str, model: nn.Module, report: dict[str, Any], device: torch.device
+) -> None:
+    """Refuse a model whose tensors are not exactly those of its checkpoint."""
+    mismatched = [
+        f"{name} ({list(stored)} stored, {list(wanted)} by config.json)"
+        for name, stored, wanted in sorted(report["mismatched_keys"])
+    ]
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    unread = [name for name, tensor in tensors.items() if tensor.device == META != device]
+    for what, names in (
+        ("lacks {} of the model's tensors", sorted(report["missing_keys"])),
+        ("has {} tensors of another shape", mismatched),
+        ("has {} tensors that have no place in the model", sorted(report["unexpected_keys"])),
+        ("left {} of the model's tensors without numbers", unread),
+        ("could not be read: {} errors", list(report["error_msgs"])),
+    ):
+        if names:
+            raise UserError(
+                f"{path}: the checkpoint {what.format(len(names))}: {_some(names)}; "
+                "give a complete checkpoint of this architecture"
+            )
+
+
+def _some(names: Collection[str]) -> str:
+    shown = ", ".join(list(names)[:NAMED])
+    return shown if len(names) <= NAMED else f"{shown} and {len(names) - NAMED} more"
+
+
+@contextmanager
+def _no_report() -> Iterator[None]:
+    """Keep transformers from printing its table of missing tensors; the refusal names them."""
+    before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(before)
+
+
+def read_config(folder: Path, path: str) -> dict[str, Any]:
+    """The content of a model folder's config.json.
+
+    Raises:
+        UserError: there is none, or it is no JSON object.
+    """
+    file = folder / "config.json"
+    try:
+        content = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: {file} cannot be read: {first_line(error)}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: {file} is not a JSON object")
+    return content
+
+
+def stored_quantization(folder: Path) -> str | None:
+    """The method by which a checkpoint's weights are quantized as stored, or None."""
+    config = read_config(folder, str(folder))
+    for part in (config, config.get("text_config") or {}):
+        for key in ("quantization_config", "compression_config"):
+            if part.get(key):
+                return str(part[key].get("quant_method") or "bitsandbytes")
+    return None
+
+
+def check_files(folder: Path, path: str) -> None:
+    """Check that a folder holds whole weights of a model, by their headers only.
+
+    Raises:
+        UserError: a file is missing, cut off or a Git LFS pointer; the folder is that of an
+            adapter; or weights are integers without a quantization in config.json.
+    """
+    if (folder / "adapter_config.json").is_file():
+        raise UserError(
+            f"{path}: this is an adapter, not a model: give its base model as path and "
+            f"adapter={path}"
+        )
+    read_config(folder, path)
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise UserError(f"{path}: cannot be loaded: no .safetensors weights in {folder}")
+    integers_are_quantized = stored_quantization(folder) is not None
+    for file in files:
+        for name, dtype in tensor_types(file, path).items():
+            if name.endswith("weight") and dtype not in FLOATS and not integers_are_quantized:
+                raise UserError(
+                    f"{path}: {name} in {file} is stored as {dtype}, and config.json names no "
+                    "quantization_config that says what it stands for"
+                )
+    _check_tokenizer(folder / "tokenizer.json", path)
+    index = folder / "model.safetensors.index.json"
+    if index.is_file() and not (folder / "model.safetensors").is_file():
+        try:
+            shards = set(json.loads(index.read_text())["weight_map"].values())
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{path}: {index} is damaged: {first_line(error)}") from error
+        if absent := sorted(shards - {file.name for file in files}):
+            raise UserError(f"{path}: {folder} lacks {_some(absent)}: download it again")
+
+
+def _check_tokenizer(file: Path, path: str) -> None:
+    if not file.is_file():
+        return  # the tokenizer has files of another kind
+    try:
+        content = json.loads(file.read_bytes())
+    except (OSError, ValueError) as error:
+        problem: str | None = first_line(error)
+    else:
+        whole = isinstance(content, dict) and {"model", "added_tokens"} <= content.keys()
+        problem = None if whole else "it holds no tokenizer"
+    if problem:
+        raise UserError(f"{path}: {file} is damaged ({problem}): download it again")
+
+
+def tensor_types(file: Path, path: str) -> dict[str, str]:
+    """The type of each tensor in a safetensors file, such as F32, by name.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            return {name: tensors.get_slice(name).get_dtype() for name in tensors.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        with file.open("rb") as content:
+            pointer = content.read(len(LFS_POINTER)) == LFS_POINTER
+        problem = "a Git LFS pointer, not the weights" if pointer else first_line(error)
+        raise UserError(f"{path}: {file} is damaged ({problem}): download it again") from error
+
+
+def load_config(folder: Path, path: str, trust_remote_code: bool) -> Any:
+    """The configuration of the language model in a folder.
+
+    Raises:
+        UserError: transformers does not know it.
+    """
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:  # of any class, as in load_model
+        raise UserError(f"{path}: config.json cannot be used: {first_line(error)}") from error
+    return config.get_text_config()
