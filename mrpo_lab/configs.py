@@ -170,7 +170,7 @@ def _problems(node: Any, path: str) -> Iterator[str]:
     except Exception as error:
         yield f"{path}: _target_ {target} cannot be imported: {str(error).splitlines()[-1]}"
         return
-    yield from _misfits(function, given, path)
+    yield from _misfits(target, function, given, path)
     yield from _inside(function, given, path)
 
 
@@ -181,14 +181,19 @@ def _inside(function: Any, given: Mapping[str, Any], path: str) -> Iterator[str]
 
         for number, entry in enumerate(given["entries"]):
             if isinstance(entry, dict) and "_target_" not in entry:
-                yield from _misfits(Reference, entry, f"{path}.entries.{number}", complete=True)
+                yield from _misfits(
+                    "an entry", Reference, entry, f"{path}.entries.{number}", complete=True
+                )
     if function is mrpo_lab.PolicyConfig and isinstance(given.get("lora"), dict):
         import peft
 
-        yield from _misfits(peft.LoraConfig, given["lora"], f"{path}.lora", LORA_RANGES)
+        yield from _misfits(
+            "LoraConfig", peft.LoraConfig, given["lora"], f"{path}.lora", LORA_RANGES
+        )
 
 
 def _misfits(
+    target: str,
     function: Any,
     given: Mapping[str, Any],
     path: str,
@@ -198,6 +203,7 @@ def _misfits(
     """Yield keys that a function does not take and values that do not fit its type hints.
 
     Args:
+        target: what messages call the function.
         hints: hints that replace the function's own.
         complete: whether ``given`` is all that the function is given, so that required parameters
             that it lacks are named too.
@@ -205,8 +211,7 @@ def _misfits(
     parameters = inspect.signature(function).parameters
     for key in given:
         if key not in parameters and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-            owner = f"{function.__module__}.{function.__qualname__}"
-            yield f"{path}.{key}: unknown; {owner} takes {', '.join(parameters) or 'no keys'}"
+            yield f"{path}.{key}: unknown; {target} takes {', '.join(parameters) or 'no keys'}"
     for key, parameter in parameters.items() if complete else ():
         if parameter.default is parameter.empty and key not in given:
             yield f"{path}.{key}: required"
@@ -249,5 +254,7 @@ def _type_problem(hint: Any, value: Any) -> str | None:
             return f"expected a node with a _target_, got {value!r}"
         if problem["type"] == "string_type" and isinstance(value, (int, float)):
             return f"expected text, got {value!r}: put quotes around it, '\"{value}\"'"
+        if problem["type"] == "string_type" and value is None:
+            return "expected text, got None"
         return f"{problem['msg']}, got {value!r}"
     return None

@@ -70,7 +70,7 @@ TYPOS: dict[str, tuple[list[str], str]] = {
     "number for a folder": (["outputs=5"], "outputs: expected text, got 5"),
     # range
     "beta": (["loss.beta=-1"], "loss: beta must be greater than 0, got -1"),
-    "nan": (["loss.beta=nan"], "loss: beta must be greater than 0, got nan"),
+    "nan": (["loss.beta=nan"], "loss.beta: expected a finite number, got nan"),
     "batch size": (["train.batch_size=0"], "train: batch_size must be at least 1, got 0"),
     "schedule": (["train.schedule=foo"], "train: schedule must be one of constant, linear, cosin"),
     "learning rate": (["optimizer.lr=-1"], "optimizer: Invalid learning rate: -1"),
@@ -113,7 +113,7 @@ TYPOS: dict[str, tuple[list[str], str]] = {
         ["model.quantization=nf4"],
         "model: quantized weights cannot be trained: set l",
     ),
-    "lora key": (["model.lora={r: 2, foo: 1}"], "model.lora: "),
+    "lora key": (["model.lora={r: 2, foo: 1}"], "model.lora.foo: unknown"),
     "lora target": (
         ["model.lora={target_modules: [foo]}"],
         "model.lora: Target modules {'foo'} no",

@@ -42,7 +42,7 @@ VALUES: dict[str, list[str]] = {
     "protocol.probe_size: ": ["protocol.probe_size=0"],
     "kernels: ": ["kernels=fast"],
     "reference_set.entries.0.slug: expected text, got 7": entry("slug: 7, path: a/b"),
-    "reference_set.entries.0.slug: Input": entry("slug: null, path: a/b"),
+    "reference_set.entries.0.slug: expected text, got None": entry("slug: null, path: a/b"),
     "reference_set.entries.0.slug: expected text, got ''": entry("slug: '', path: a/b"),
     "reference_set.entries.0.slug: required": entry("path: a/b"),
     "reference_set: entries[0]: slug: step": entry("slug: step, path: a/b"),
