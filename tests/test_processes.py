@@ -72,7 +72,7 @@ def test_two_processes_are_one(tmp_path: Path) -> None:
 
 def test_two_processes_fail_as_one(tmp_path: Path) -> None:
     """An infinite gradient, of whichever process: one line, and all files are closed before."""
-    how = (*TINY, "loss/link=ipo", "loss.beta=1e-60", "tracker=wandb")
+    how = (*TINY, "loss/link=ipo", "loss.beta=1e-7", "model.dtype=float16", "tracker=wandb")
     failed = launch(*how, f"outputs={tmp_path}")
     assert failed.returncode != 0
     errors = [line for line in failed.stderr.splitlines() if line.startswith("error: ")]

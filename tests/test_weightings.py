@@ -25,6 +25,7 @@ from oracles import Matrix, Row
 from torch import Tensor
 
 from mrpo_lab.objective.scores import Scores, chosen_first
+from mrpo_lab.objective.units import in_unit
 from mrpo_lab.objective.weighting import (
     ARWC,
     RMC,
@@ -83,11 +84,13 @@ class World:
         weighting.check(self.slugs, len(self.val))
         # Another generator after a restart: only the state can bring the first one back.
         rng = np.random.default_rng(self.seed + first)
-        weighting.start(Context(self.slugs, self.val, chosen_first(len(self.val)), probe, rng))
+        val = in_unit(self.val, weighting.unit, None)
+        weighting.start(Context(self.slugs, val, chosen_first(len(val)), probe, rng))
         if state is not None:
             weighting.load_state_dict(state)
         steps = []
-        for batch in self.batches[first:]:
+        for given_batch in self.batches[first:]:
+            batch = in_unit(given_batch, weighting.unit, None)
             target = chosen_first(len(batch))
             alpha, undecided = to_simplex(weighting.proportions(batch, target), len(batch))
             weighting.after_step(batch, target)

@@ -14,7 +14,7 @@ from mrpo_lab.errors import UserError
 from mrpo_lab.storage.files import replacing
 
 
-def save_state(path: Path, state: dict[str, Any]) -> None:
+def save_state(path: Path, state: dict[Any, Any]) -> None:
     """Write ``state`` atomically: an interruption leaves the former file in place.
 
     Raises:
@@ -27,7 +27,7 @@ def save_state(path: Path, state: dict[str, Any]) -> None:
         save_file(tensors, draft, metadata={"state": outline})
 
 
-def load_state(path: Path) -> dict[str, Any]:
+def load_state(path: Path) -> dict[Any, Any]:
     """Read what ``save_state`` wrote, with tensors on the CPU.
 
     Raises:

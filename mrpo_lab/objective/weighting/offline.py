@@ -36,6 +36,9 @@ class Offline(Weighting):
 class Uniform(Offline):
     """Equal weights, alpha_k = 1 / K."""
 
+    def __init__(self) -> None:
+        super().__init__()
+
     def fit(self, context: Context) -> Float[Tensor, " K"]:
         return torch.ones(len(context.slugs), dtype=torch.float64)
 
