@@ -211,7 +211,7 @@ LOSING = {
     ),
     "replies are cut": (
         EACH
-        + CHATML.replace("m['content']", "m['content'][: 5 if m['role'] == 'assistant' else 99]")
+        + CHATML.replace("m['content']", "m['content'][: 13 if m['role'] == 'assistant' else 99]")
         + END
         + OPEN
     ),
@@ -238,7 +238,10 @@ def test_a_token_that_holds_the_end_of_a_message_refuses_the_item(tiny7_dir: Pat
 @pytest.mark.parametrize(
     ("template", "problem"),
     [
-        ("{%- for m in messages if m['role'] == 'user' %}" + CHATML + END, "nothing of a reply"),
+        (
+            "{%- for m in messages if m['role'] == 'user' %}" + CHATML + END,
+            "does not print the text of replies",
+        ),
         (EACH + "{{- m['content'] + tools | length | string }}" + END, "TypeError: .*NoneType"),
         (EACH + "{{- 1 // 0 }}" + END, "ZeroDivisionError"),
         (EACH + "{{- m['content'] + 1 }}" + END, "TypeError"),

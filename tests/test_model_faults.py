@@ -117,8 +117,9 @@ def test_damaged_folders(copy: Path, damage: str) -> None:
             refuses()
         assert "\n" not in str(caught.value)
         assert str(copy) in str(caught.value)
-    with pytest.raises(UserError, match=problem):
-        PolicyConfig(path=str(copy), dtype="float32").check()
+    for lora, quantization in ((None, None), (LORA, "nf4")):
+        with pytest.raises(UserError, match=problem):
+            PolicyConfig(path=str(copy), lora=lora, quantization=quantization).check()
 
 
 def test_tokens_beyond_the_embeddings(copy: Path) -> None:

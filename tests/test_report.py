@@ -16,6 +16,8 @@ from harness import ROOT, TINY, train_py
 from report_runs import SLUGS, make_run, make_study
 from scipy import stats
 
+from mrpo_lab.data.ids import reply_ids
+from mrpo_lab.data.rows import parse_item
 from mrpo_lab.report import measures, provenance
 from mrpo_lab.report.__main__ import main
 from mrpo_lab.report.comparisons import alpha_correlations, comparisons, own_accuracies
@@ -26,6 +28,7 @@ from mrpo_lab.report.statistics import resampled_t
 from mrpo_lab.report.study import Study, build_study
 from mrpo_lab.report.tables import accuracy, all_tables, comparison
 from mrpo_lab.runs.reading import find_runs
+from mrpo_lab.runs.test_pairs import pair_names
 
 pytest_plugins = ("surroundings",)
 
@@ -67,11 +70,33 @@ class TestReading:
             # The logistic link's weight, from its formula: sigmoid(-beta (d_policy - d_k)).
             weight = 1 / (1 + np.exp(5.0 * (record.pairs["margin"] - margins)))
             assert record.pairs[f"weight/{slug}"].to_numpy() == pytest.approx(weight, rel=1e-5)
-        prompts = record.pairs["prompt"]
-        assert prompts.str.fullmatch("[0-9a-f]{16}").all()
-        assert prompts.nunique() <= len(prompts)
         posterior = record.metrics.filter(regex="bandit/mean").iloc[-1].to_numpy()
         assert list(comparisons_alphas(record).values()) == pytest.approx(posterior)
+
+    @pytest.mark.usefixtures("surroundings")
+    def test_run_writes_the_prompt_of_each_test_pair(self, tmp_path: Path) -> None:
+        """Three pairs a prompt, split pair by pair."""
+        rows = [
+            {"prompt": f"q {i // 3}", "chosen": f"good {i}", "rejected": f"bad {i}"}
+            for i in range(40)
+        ]
+        file = tmp_path / "pairs.jsonl"
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        data = ("dataset=jsonl", f"dataset.path={file}", "dataset.val=8", "dataset.test=20")
+        settings = [x for x in TINY if not x.startswith("dataset.")]
+        outcome = train_py(*settings, *data, f"outputs={tmp_path}", "name=a")
+        assert outcome.code == 0, outcome.err
+        (folder,) = find_runs([tmp_path])
+        items = [parse_item(row, "") for row in rows]
+        names = dict(
+            zip(pair_names(reply_ids(items)), (row["prompt"] for row in rows), strict=True)
+        )
+        pairs = pd.read_parquet(folder / "test_pairs.parquet")
+        by_text = pairs.groupby(pairs["pair"].map(names))["prompt"]
+        assert (by_text.nunique() == 1).all()
+        assert pairs["prompt"].nunique() == len(by_text) < len(pairs)
+        counts = json.loads((folder / "result.json").read_text())["counts"]
+        assert counts["test_prompts_in_train"] > counts["test_pairs_in_train"] == 0
 
     def test_states(self, tmp_path: Path) -> None:
         make_run(tmp_path, seed=0)

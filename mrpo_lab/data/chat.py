@@ -73,7 +73,7 @@ class ChatFormat:
         first user message.
 
         Raises:
-            UserError: the template has an error or prints nothing of any reply.
+            UserError: the template has an error or does not print replies.
         """
         rendered = [self._render(item) for item in items]
         texts = [text for item in rendered if item for text in item.texts]
@@ -147,8 +147,8 @@ class ChatFormat:
             return None
         if reply not in whole:
             raise UserError(
-                f"{self.name}: the chat template prints nothing of a reply ({self.origin}): give "
-                "another, template=plain, template=chatml or template=FILE.jinja"
+                f"{self.name}: the chat template does not print the text of replies "
+                f"({self.origin}): give another, template=chatml or template=FILE.jinja"
             )
         return closing
 

@@ -143,17 +143,17 @@ class ModelSource(ABC):
                 not fit; see ``load_model`` and ``with_adapter``.
         """
         self.check_files()
-        model = self._model(device)
+        model = self._model(device, self.quantization)
         if self.adapter:
             model = with_adapter(model, locate(self.adapter), self.adapter, self.path)
         return model.eval()
 
-    def _model(self, device: torch.device) -> nn.Module:
+    def _model(self, device: torch.device, quantization: str | None) -> nn.Module:
         return load_model(
             self.folder,
             path=self.path,
             dtype=DTYPES[self.dtype],
-            quantization=self.quantization,
+            quantization=quantization,
             trust_remote_code=self.trust_remote_code,
             device=device,
         )
@@ -192,8 +192,8 @@ class ModelSource(ABC):
             UserError: see ``read``.
         """
         self.check_files()
-        if not self.quantized:  # bitsandbytes must read numbers to know their shapes
-            self._model(META)
+        if not stored_quantization(self.folder):  # its shapes are known from its numbers only
+            self._model(META, quantization=None)
         item = Item(({"role": "user", "content": "a"},), ("b",))
         for rows in self.tokenization.rows([item]):
             self.check_rows(rows or ())

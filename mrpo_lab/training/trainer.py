@@ -182,7 +182,7 @@ class Trainer:
         metrics["alpha/undecided_pairs"] = float(undecided)
         metrics["perf/pairs_per_second"] = len(indices) / (time.monotonic() - began)
         if self.data.lists:
-            metrics |= named_lambda(self.data.labels.aspects, lambda_)
+            metrics |= named_lambda(self.data.labels.aspects, lambda_.tolist())
         return metrics | self.weighting.metrics() | self.sampler.metrics()
 
     def choose_alpha(self, refs: Scores, target: Tensor, indices: np.ndarray) -> tuple[Tensor, int]:
