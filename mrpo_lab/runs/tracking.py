@@ -140,6 +140,8 @@ class WandbTracker(Tracker):
         import wandb
 
         self._folder = folder
+        # W&B logs into the folder. If its disk is full, logging would print a traceback a line.
+        logging.raiseExceptions = False
         if mode == "offline":
             logger.info(
                 "W&B: %s, so this run is kept offline; later: wandb sync %s/wandb/offline-run-*",
@@ -184,12 +186,14 @@ class WandbTracker(Tracker):
         if self._run is None:
             return
         self._run.summary.update(dict(result))
-        for name in FILES:
-            if (self._folder / name).exists():
-                # W&B would link to the file instead, and warn about that in every run.
-                copy = shutil.copy(self._folder / name, self._run.dir)
-                self._run.save(copy, base_path=self._run.dir, policy="now")
-        self._run.finish(exit_code=int(failed))
+        try:
+            for name in FILES:
+                if (self._folder / name).exists():
+                    # W&B would link to the file instead, and warn about that in every run.
+                    copy = shutil.copy(self._folder / name, self._run.dir)
+                    self._run.save(copy, base_path=self._run.dir, policy="now")
+        finally:  # also on a full disk
+            self._run.finish(exit_code=int(failed))
 
 
 def wandb_mode() -> tuple[Any, str]:

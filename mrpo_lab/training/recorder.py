@@ -44,13 +44,15 @@ class Recorder:
         if self._active:
             self.run.begin()
             past = self.run.rewind(last_step)
-            self._tracker.start(self.run.folder, self.run.name, self._resolved, past)
+            with self.run.writing():  # W&B keeps its files in the folder too
+                self._tracker.start(self.run.folder, self.run.name, self._resolved, past)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Add one line to ``metrics.jsonl`` and to the tracker."""
         if self._active:
             self.run.log(step, metrics)
-            self._tracker.log(step, metrics)
+            with self.run.writing():
+                self._tracker.log(step, metrics)
 
     def write_alpha(self, slugs: Sequence[str]) -> None:
         """Write ``alpha.parquet`` from the metrics so far."""
@@ -71,7 +73,8 @@ class Recorder:
         if self._active:
             with suppress(UserError):  # the disk may be full, which is then why the run fails
                 self.run.finish(failure)
-            self._tracker.finish(failure, failed=True)
+            with suppress(UserError), self.run.writing():
+                self._tracker.finish(failure, failed=True)
 
     def finish(
         self,
@@ -112,4 +115,5 @@ class Recorder:
             if trade_off:
                 write_trade_off(self.run.folder / "trade_off.parquet", trade_off)
         self.run.finish(result)
-        self._tracker.finish(result)
+        with self.run.writing():
+            self._tracker.finish(result)
