@@ -19,7 +19,7 @@ from mrpo_lab.data.dataset import Dataset, Prepared, describe
 from mrpo_lab.data.texts import Item, byte_lengths
 from mrpo_lab.errors import UserError
 from mrpo_lab.models.policy import PolicyConfig
-from mrpo_lab.models.references import ReferenceScores, ReferenceSet
+from mrpo_lab.models.references import Reference, ReferenceScores, ReferenceSet
 from mrpo_lab.objective.aspect_weighting import LambdaSampler
 from mrpo_lab.objective.losses import PreferenceLoss
 from mrpo_lab.objective.scores import Scores
@@ -82,8 +82,8 @@ def score_reference(cfg: DictConfig, slug: str) -> int:
     experiment = Experiment.build(cfg, Workers.start())
     with named("tracker"):  # the runs that wait for these scores would be refused
         experiment.tracker.check()
-    prepared = experiment.prepare()
     alone = replace(experiment.references, use=[slug])
+    prepared = experiment.prepare(alone.members)
     alone.scores(prepared.items, prepared.ids, experiment.workers.device)
     return len(prepared.items)
 
@@ -192,8 +192,12 @@ class Experiment:
         self.workers.wait()
         return result
 
-    def prepare(self) -> Prepared:
+    def prepare(self, scored: Sequence[Reference] | None = None) -> Prepared:
         """Read the data and filter it by the tokenizers of all references and of the policy.
+
+        Args:
+            scored: references whose weights will be needed (default: those in use); a damaged file
+                of another one does not matter.
 
         Raises:
             UserError: data or models are missing (all of them are named), or do not fit.
@@ -208,7 +212,7 @@ class Experiment:
                 model.fetch()
         if absent:
             raise UserError(missing(absent))
-        for model in models:
+        for model in (self.model, *(self.references.members if scored is None else scored)):
             model.check_files()
         self.workers.main_first(self.model.check)
         distinct = {str(m.tokenization.key): m.tokenization for m in models}
