@@ -24,7 +24,7 @@ from mrpo_lab.report.comparisons import alpha_correlations, comparisons, own_acc
 from mrpo_lab.report.findings import findings
 from mrpo_lab.report.methods import Method
 from mrpo_lab.report.reading import RunRecord, read_run
-from mrpo_lab.report.statistics import resampled_t
+from mrpo_lab.report.statistics import crossed_t, resampled_t
 from mrpo_lab.report.study import Study, build_study
 from mrpo_lab.report.tables import accuracy, all_tables, comparison
 from mrpo_lab.runs.reading import find_runs
@@ -336,7 +336,23 @@ class TestComparisons:
     def test_interval_and_p_are_of_one_test_and_detectable_is_beyond_it(
         self, rectangle: Path
     ) -> None:
-        rows = comparisons(study(rectangle), resamples=500)
+        table = study(rectangle)
+        rows = comparisons(table, resamples=500)
+        row = rows[(rows["method"] == "mdpo · vaw") & (rows["against"] == "uniform weights")].iloc[
+            0
+        ]
+        compared = table.compared[table.compared["loss"] == "mdpo"].set_index(["weighting", "seed"])
+        columns = {}
+        for seed in range(3):
+            right = []
+            for weighting in ("vaw", "uniform"):
+                pairs = table.records[compared.loc[(weighting, seed), "source"]].pairs
+                assert pairs is not None
+                right.append((pairs.set_index("pair")["margin"] > 0).astype(float))
+            columns[seed] = right[0] - right[1]
+        test = crossed_t(pd.DataFrame(columns).to_numpy())
+        assert (row["p"], row["low"], row["high"]) == pytest.approx((test.p, *test.interval()))
+        assert row["p"] != row["p_seeds"]
         excluded = (rows["low"] > 0) | (rows["high"] < 0)
         assert list(excluded) == list(rows["p"] < 0.05)
         assert (rows["high"] - rows["low"] > 0.8 * (rows["high_pairs"] - rows["low_pairs"])).any()

@@ -308,6 +308,11 @@ class TestCrossed:
         assert 0.01 <= rates["p"] <= 0.05 + allowed
         assert abs(rates["coverage"] - 0.95) <= allowed + 0.01
 
+    def test_seeds_that_agree_by_luck_do_not_add_degrees_of_freedom(self) -> None:
+        rng, setting = np.random.default_rng(3), Setting(3, 0.0, pool=700, test=100)
+        found = np.array([crossed_t(simulate(setting, 0.0, rng)).p < 0.05 for _ in range(2000)])
+        assert found.mean() <= 0.05 + 3 * math.sqrt(0.05 * 0.95 / len(found))
+
     def test_pairs_alone_take_training_noise_for_an_effect(self) -> None:
         setting = Setting(5, 0.06, pool=1400, test=200)
         rates = errors(setting, SIMULATIONS, np.random.default_rng(1))
