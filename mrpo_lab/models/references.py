@@ -183,17 +183,28 @@ class ReferenceSet:
                 and ``gate`` is stop.
         """
         findings: list[Finding] = []
+        stored = {reference.slug: reference.stored() for reference in self.members}
+        known = {}
         for reference in self.members:  # all of them before the first is scored
-            findings += check_tokens(reference.slug, reference.tokenization, items, ids)
-            stored = reference.stored()
-            if not stored.complete(ids):
+            slug = reference.slug
+            findings += check_tokens(slug, reference.tokenization, items, ids)
+            known[slug] = stored[slug].read(ids)
+            if known[slug] is None:
                 reference.check()
-                self._take_over(reference, stored, items, ids)
+                self._take_over(reference, stored[slug], items, ids)
         self._report(findings)
         scores: dict[str, Scores] = {}
         for reference in self.members:
-            scores[reference.slug], found = self._score(reference, items, ids, device)
+            slug = reference.slug
+            values, failed = known[slug], list[Finding]()
+            if values is None:
+                values, failed = self._filled(reference, stored[slug], items, ids, device)
+            judged = judge(slug, stored[slug].measured(ids), reference.precision)
+            found = list(dict.fromkeys([*judged, *failed]))
+            self._report(found)
             findings += found
+            sums, counts = (torch.from_numpy(values[name]) for name in ("sums", "counts"))
+            scores[slug] = Scores(sums, counts)
         characters = sum(max(1, len(reply)) for item in items for reply in item.replies)
         outliers = check_outliers(scores, characters)
         self._report(outliers)
@@ -214,23 +225,23 @@ class ReferenceSet:
             reference.slug, ids, reference.tokenization.lengths(items, ids).reply, sound
         )
 
-    def _score(
-        self, reference: Reference, items: Sequence[Item], ids: np.ndarray, device: torch.device
-    ) -> tuple[Scores, list[Finding]]:
-        """One reference's scores (N, R), and the checks that it fails on the first items."""
-        stored = reference.stored()
+    def _filled(
+        self,
+        reference: Reference,
+        stored: StoredScores,
+        items: Sequence[Item],
+        ids: np.ndarray,
+        device: torch.device,
+    ) -> tuple[dict[str, np.ndarray], list[Finding]]:
+        """Complete the store; one reference's columns (N, R), and the checks that it failed."""
         findings: list[Finding] = []
-        if not stored.complete(ids):
-            with stored.scores.filling():
-                if not stored.complete(ids):  # another process may have filled it meanwhile
-                    findings = self._fill(reference, stored, items, ids, device)
-        values, found = stored.scores.read(ids)
-        assert found.all(), f"{reference.slug}: the store lost rows that were just written"
-        judged = judge(reference.slug, stored.measured(ids), reference.precision)
-        findings = list(dict.fromkeys([*judged, *findings]))
-        self._report(findings)
-        scores = Scores(torch.from_numpy(values["sums"]), torch.from_numpy(values["counts"]))
-        return scores, findings
+        with stored.scores.filling():
+            values = stored.read(ids)
+            if values is None:  # no other process has filled it meanwhile
+                findings = self._fill(reference, stored, items, ids, device)
+                values = stored.read(ids)
+        assert values is not None, f"{reference.slug}: the store lost rows that were just written"
+        return values, findings
 
     def _fill(
         self,

@@ -64,9 +64,10 @@ class StoredScores:
         found = self.gate.read(ids[:, :REPLIES])[1]
         return np.asarray(found.all(-1))
 
-    def complete(self, ids: np.ndarray) -> bool:
-        """Whether no model has to be loaded for these items."""
-        return not self.missing(ids) and not self.unmeasured(ids)
+    def read(self, ids: np.ndarray) -> dict[str, np.ndarray] | None:
+        """The columns of the scores, each (N, R), or None if a model has to be loaded for them."""
+        values, found = self.scores.read(ids)
+        return values if found.all() and not self.unmeasured(ids) else None
 
     def measured(self, ids: np.ndarray) -> Measured:
         """What the gate measured of the first ``SAMPLE`` items that it was given among these."""
@@ -86,9 +87,9 @@ class StoredScores:
             counts: (N, R) numbers of reply tokens today; scores of other numbers are not taken.
             sound: (N,) whether an item's scores could be right in format 1.
         """
-        if self.former is None or not self.missing(ids):
+        missing = np.array([] if self.former is None else self.missing(ids), dtype=int)
+        if self.former is None or not len(missing):
             return
-        missing = np.array(self.missing(ids))
         values, found = self.former.read(ids[missing])
         same = (values["counts"] == counts[missing]) | (ids[missing] == NONE)
         right = found.all(-1) & same.all(-1) & sound[missing]
