@@ -136,8 +136,13 @@ class Dataset(ABC):
         counts: Counter[str] = Counter(rows=len(items))
         preprocessed = Items.from_iterable(self.preprocess(items, counts))
         distinct = self._distinct(preprocessed, counts)
-        distinct = self._distinct_when_rendered(distinct, tokenizers, counts)
-        keep = self._eligible(distinct, tokenizers, counts, positions)
+        measured = _lengths(distinct, tokenizers)
+        again = _same_when_rendered(distinct.ids, measured)
+        counts["identical_after_template"] = int(again.any(-1).sum())
+        if self.drop_identical and again.any():
+            distinct = self.without_replies(distinct, again, counts)
+            measured = _lengths(distinct, tokenizers)
+        keep = self._eligible(distinct, tokenizers, measured, counts, positions)
         counts["eligible"] = len(keep)
         if not len(keep):
             raise UserError(f"dataset: no pairs left after filtering: {describe(counts)}")
@@ -174,28 +179,6 @@ class Dataset(ABC):
         counts["dropped_identical_or_duplicate"] = int(dropped.sum())
         return items[~dropped]
 
-    def _distinct_when_rendered(
-        self, items: Items, tokenizers: Sequence[Tokenization], counts: Counter[str]
-    ) -> Items:
-        """Count replies that differ as texts but not under some template; drop them where asked."""
-        again = np.zeros(
-            items.ids.shape, dtype=bool
-        )  # (N, R), whether an earlier reply is the same
-        for tokenizer in tokenizers:
-            measured = tokenizer.lengths(items, items.ids)
-            for later in range(1, items.ids.shape[-1]):
-                earlier = slice(0, later)
-                again[:, later] |= (
-                    (measured.digest[:, earlier] == measured.digest[:, [later]])
-                    & (measured.reply[:, earlier] > 0)
-                    & (measured.reply[:, [later]] > 0)
-                    & (items.ids[:, earlier] != items.ids[:, [later]])
-                ).any(-1)
-        counts["identical_after_template"] = int(again.any(-1).sum())
-        if not self.drop_identical or not again.any():
-            return items
-        return self.without_replies(items, again, counts)
-
     def without_replies(self, items: Items, which: np.ndarray, counts: Counter[str]) -> Items:
         """The items without some of their replies; a pair that lacks one is dropped.
 
@@ -210,11 +193,11 @@ class Dataset(ABC):
         self,
         items: Items,
         tokenizers: Sequence[Tokenization],
+        measured: Sequence[Lengths],
         counts: Counter[str],
         positions: int | None = None,
     ) -> np.ndarray:
         """Indices of the items that pass the filters of 2512.10040 (appendix), in its order."""
-        measured = [tokenizer.lengths(items, items.ids) for tokenizer in tokenizers]
         for tokenizer, m in zip(tokenizers, measured, strict=True):
             if len(items) and not m.reply.any():
                 raise UserError(
@@ -383,6 +366,26 @@ def count_leaks(items: Items, splits: Mapping[str, np.ndarray]) -> dict[str, int
         "test_prompts_in_train": int(np.isin(items.prompts[tested], items.prompts[trained]).sum()),
         "test_pairs_in_train": int(np.isin(rows[tested], rows[trained]).sum()),
     }
+
+
+def _lengths(items: Items, tokenizers: Sequence[Tokenization]) -> list[Lengths]:
+    """The token counts of the items under each tokenizer."""
+    return [tokenizer.lengths(items, items.ids) for tokenizer in tokenizers]
+
+
+def _same_when_rendered(ids: np.ndarray, measured: Sequence[Lengths]) -> np.ndarray:
+    """Whether a reply differs from an earlier one as text, but not under some template, (N, R)."""
+    again = np.zeros(ids.shape, dtype=bool)
+    for m in measured:
+        for later in range(1, ids.shape[-1]):
+            earlier = slice(0, later)
+            again[:, later] |= (
+                (m.digest[:, earlier] == m.digest[:, [later]])
+                & (m.reply[:, earlier] > 0)
+                & (m.reply[:, [later]] > 0)
+                & (ids[:, earlier] != ids[:, [later]])
+            ).any(-1)
+    return again
 
 
 def _identical_after_truncation(
