@@ -77,7 +77,7 @@ def spoilt(change: Callable[[Data, int], None]) -> Iterator[list[str]]:
         found = real(self, prepared, refs)
         order = self.seeds.rng("order", 0).permutation(len(found.train))
         pair = int(found.train[order[(STEP - 1) * self.config.batch_size + ROW]])
-        names.append(found.name(pair))
+        names.extend(found.names([pair]))
         change(found, pair)
         return found
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -127,10 +127,10 @@ class Data:
             return policy
         return Scores(policy.sums, self.loss_lengths[list(indices)])
 
-    def name(self, index: int) -> str:
-        """What messages call an item."""
-        prompt = self.items[index].prompt[-1]["content"]
-        return f"pair {index} of the pool ({prompt[:60]!r})"
+    def names(self, indices: Iterable[int]) -> list[str]:
+        """What messages call some items."""
+        prompts = ((int(i), self.items[int(i)].prompt[-1]["content"]) for i in indices)
+        return [f"pair {i} of the pool ({prompt[:60]!r})" for i, prompt in prompts]
 
 
 @dataclass(frozen=True)

@@ -194,7 +194,7 @@ class Trainer:
         """
         proportions = self.weighting.proportions(refs, target)
         if not bool(torch.isfinite(proportions).all()):
-            names = [self.data.name(int(i)) for i in indices]
+            names = self.data.names(indices)
             explained = explain_weights(proportions, refs, self.data.slugs, names)
             raise UserError(f"step {self.state.step + 1}: {explained}")
         return to_simplex(proportions, len(indices))
@@ -254,7 +254,7 @@ class Trainer:
                 batch.refs,
                 batch.target,
                 self.data.slugs,
-                [self.data.name(i) for i in batch.indices],
+                self.data.names(batch.indices),
             )
             raise UserError(f"step {self.state.step + 1}: {explained}")
         return norm
@@ -274,7 +274,7 @@ class Trainer:
                 batch.alpha,
                 batch.target,
                 self.data.slugs,
-                [self.data.name(i) for i in batch.indices],
+                self.data.names(batch.indices),
             )
             raise UserError(f"step {self.state.step + 1}: {explained}")
 
