@@ -159,9 +159,14 @@ class ModelSource(ABC):
         )
 
     @cached_property
+    def config(self) -> Any:
+        """The model's ``config.json`` as transformers reads it; see ``load_config``."""
+        return load_config(self.folder, self.path, self.trust_remote_code)
+
+    @property
     def positions(self) -> int | None:
         """Largest number of tokens that the model was made for; see ``max_positions``."""
-        return max_positions(load_config(self.folder, self.path, self.trust_remote_code))
+        return max_positions(self.config)
 
     @property
     def quantized(self) -> bool:
@@ -204,8 +209,7 @@ class ModelSource(ABC):
         Raises:
             UserError: see ``limits.check_rows``.
         """
-        config = load_config(self.folder, self.path, self.trust_remote_code)
-        vocabulary = getattr(config, "vocab_size", None)
+        vocabulary = getattr(self.config, "vocab_size", None)
         check_rows(rows, f"{self.name}: {self.folder}", self.positions, vocabulary)
 
     @property
