@@ -17,11 +17,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from mrpo_lab.data.ids import reply_ids
 from mrpo_lab.data.rows import parse_item
-from mrpo_lab.data.texts import Item, TokenRow
+from mrpo_lab.data.texts import Item, Replies, TokenRow
 from mrpo_lab.embedded.synthetic import synthetic_rows
 from mrpo_lab.errors import UserError
 from mrpo_lab.models import gate, references
-from mrpo_lab.models.gate import OUTLIER, Finding, check_guess, check_outliers, check_scoring
+from mrpo_lab.models.gate import OUTLIER, Finding, check_guess, check_outliers
 from mrpo_lab.models.references import Reference, ReferenceSet
 from mrpo_lab.objective.scores import Scores, chosen_first
 from mrpo_lab.scoring.padding import Side, collate
@@ -89,6 +89,13 @@ def check(reference: Reference, kind: type[ReplyScorer] = ReplyScorer) -> list[F
     vocabulary = len(reference.tokenization.format.tokenizer)
     scorer = kind(reference.load(CPU))
     return check_scoring(reference.slug, scorer, rows, vocabulary, reference.dtype)
+
+
+def check_scoring(
+    slug: str, scorer: ReplyScorer, rows: list[Replies], vocabulary: int, dtype: str
+) -> list[Finding]:
+    pairs = [item[: gate.REPLIES] for item in rows[: gate.SAMPLE]]
+    return gate.judge(slug, gate.measure(scorer, pairs, vocabulary), dtype)
 
 
 class TestScoring:

@@ -143,18 +143,6 @@ def disagreements(slug: str, measured: Measured, dtype: str) -> list[Finding]:
     return findings
 
 
-def check_scoring(
-    slug: str,
-    scorer: ReplyScorer,
-    rows: Sequence[Replies],
-    vocabulary: int,
-    dtype: str,
-) -> list[Finding]:
-    """``measure`` and ``judge`` a reference on the first ``SAMPLE`` items of ``rows``."""
-    pairs = [item[:REPLIES] for item in rows[:SAMPLE]]
-    return judge(slug, measure(scorer, pairs, vocabulary), dtype)
-
-
 def check_guess(slug: str, scores: Scores, vocabulary: int) -> list[Finding]:
     """Check that the mean log-probability per token is better than that of a uniform guess over the
     vocabulary, by ``ADVANTAGE``. A model with random weights is as good as the guess."""
