@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,7 +31,6 @@ from mrpo_lab.runs.inputs import local_inputs
 from mrpo_lab.runs.summary import print_summary
 from mrpo_lab.runs.tracking import LocalTracker, Tracker
 from mrpo_lab.seeding import Seeds
-from mrpo_lab.storage.files import local_path
 from mrpo_lab.storage.hub import NotAtHandError, missing
 from mrpo_lab.training.config import TrainConfig
 from mrpo_lab.training.inputs import Data, PolicyTokens
@@ -55,7 +55,7 @@ def run_experiment(
         UserError: something that the user can fix, in one line.
     """
     resolved = configs.check(cfg)
-    run = Run.open(local_path(cfg.outputs), name, resolved)
+    run = Run.open(Path(cfg.outputs), name, resolved)
     run.check_inputs()
     if run.result:
         print_summary(run.folder, run.result)
