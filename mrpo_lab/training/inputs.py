@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -127,9 +127,9 @@ class Data:
             return policy
         return Scores(policy.sums, self.loss_lengths[list(indices)])
 
-    def names(self, indices: Iterable[int]) -> list[str]:
+    def names(self, indices: Sequence[int]) -> list[str]:
         """What messages call some items."""
-        prompts = ((int(i), self.items[int(i)].prompt[-1]["content"]) for i in indices)
+        prompts = ((i, self.items[i].prompt[-1]["content"]) for i in indices)
         return [f"pair {i} of the pool ({prompt[:60]!r})" for i, prompt in prompts]
 
 

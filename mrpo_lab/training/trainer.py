@@ -194,7 +194,7 @@ class Trainer:
         """
         proportions = self.weighting.proportions(refs, target)
         if not bool(torch.isfinite(proportions).all()):
-            names = self.data.names(indices)
+            names = self.data.names(indices.tolist())
             explained = explain_weights(proportions, refs, self.data.slugs, names)
             raise UserError(f"step {self.state.step + 1}: {explained}")
         return to_simplex(proportions, len(indices))
