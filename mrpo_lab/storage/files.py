@@ -35,11 +35,15 @@ def local_path(text: str | os.PathLike[str]) -> Path:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, *, lasting: bool = True) -> Iterator[Path]:
     """Replace a file atomically by the one that is written to the path that is yielded.
 
     Readers see the old content or the new, never a part, and so does whoever comes after a loss of
     power. If writing fails, no draft is left.
+
+    Args:
+        lasting: whether to wait until the file is on the disk, some 10 ms. Without, a loss of power
+            may leave an empty file: for what can be made again, and is checked when it is read.
 
     Raises:
         OSError: the file could not be written; ``filename`` is ``path``.
@@ -48,9 +52,11 @@ def replacing(path: Path) -> Iterator[Path]:
     try:
         with naming(path):
             yield draft
-            flush(draft)
+            if lasting:
+                flush(draft)
             os.replace(draft, path)
-            flush_names(path.parent)
+            if lasting:
+                flush_names(path.parent)
     finally:
         with suppress(OSError):
             draft.unlink(missing_ok=True)
@@ -158,13 +164,13 @@ def naming(path: Path) -> Iterator[None]:
         raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Replace a file atomically; see ``replacing``.
+def write_whole(path: Path, content: bytes, *, lasting: bool = True) -> None:
+    """Replace a file atomically; see ``replacing``, also for ``lasting``.
 
     Raises:
         OSError: the file could not be written; no draft is left.
     """
-    with replacing(path) as draft:
+    with replacing(path, lasting=lasting) as draft:
         draft.write_bytes(content)
 
 
