@@ -13,7 +13,7 @@ from launchers.cluster import Cluster
 from launchers.composing import Composer
 from launchers.profiles import build_cluster
 from launchers.queues import queue
-from launchers.scores import required_scores, scored_marker
+from launchers.scores import is_scored, required_scores
 from launchers.sweep import UNFINISHED, Plan, RunState, Sweep, by_output, dispatch_lock
 from launchers.tasks import Gather, Score, Train
 from launchers.watching import watch
@@ -151,7 +151,7 @@ def missing_scores(
     keys = dict.fromkeys(key for run in runs for key in run.scores)
     tasks: dict[tuple[str, str], dict[str, Any]] = {}
     for key in keys:
-        if f"scores {key}" in active or scored_marker(key).exists():
+        if f"scores {key}" in active or is_scored(key):
             continue
         scores = plan.scores[key]
         run = {"overrides": scores["overrides"], "conf": scores["conf"]}

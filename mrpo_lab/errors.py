@@ -9,5 +9,11 @@ class UserError(Exception):
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or the error's class if it has none."""
-    return str(error).strip().partition("\n")[0].rstrip() or type(error).__name__
+    """The first line of an error's message, or the error's class if it has none.
+
+    A line that ends in a colon is followed by the next one.
+    """
+    lines = [line.strip() for line in str(error).strip().splitlines()]
+    if len(lines) > 1 and lines[0].endswith(":"):
+        return f"{lines[0]} {lines[1]}"
+    return lines[0] if lines else type(error).__name__

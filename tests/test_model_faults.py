@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from transformers import (
 )
 from whole_logits import random_rows
 
+from mrpo_lab.data.chat import TOKENIZER_FILES
 from mrpo_lab.data.dataset import Dataset
 from mrpo_lab.data.ids import reply_ids
 from mrpo_lab.data.rows import parse_item
@@ -64,6 +66,21 @@ def cut(file: Path) -> None:
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
 
 
+def loop(file: Path) -> None:
+    file.unlink(missing_ok=True)
+    file.symlink_to(file)
+
+
+def put_a_folder(file: Path) -> None:
+    file.unlink(missing_ok=True)
+    file.mkdir()
+
+
+def change_header(folder: Path, old: bytes, new: bytes) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes().replace(old, new, 1))
+
+
 NORM = "model.layers.1.input_layernorm.weight"
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing": (lambda f: change_tensors(f, lambda t: t.pop(NORM)), f"lacks 1 .*{NORM}"),
@@ -86,8 +103,32 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: (f / "model.safetensors").write_text("version https://git-lfs.github.com/spec"),
         "a Git LFS pointer, not the weights",
     ),
-    "config": (lambda f: cut(f / "config.json"), r"config\.json cannot be read"),
-    "no config": (lambda f: (f / "config.json").unlink(), r"config\.json cannot be read"),
+    "config": (lambda f: cut(f / "config.json"), r"config\.json is damaged"),
+    "no config": (lambda f: (f / "config.json").unlink(), r"config\.json is damaged"),
+    "text config": (
+        lambda f: change_config(f, text_config=[3]),
+        "text_config is not a JSON object",
+    ),
+    "quantization": (
+        lambda f: change_config(f, quantization_config="nf4"),
+        "quantization_config is not a JSON object",
+    ),
+    "number in a shard's place": (
+        lambda f: (
+            (f / "model.safetensors.index.json").write_text('{"weight_map": {"a": 1}}')
+            and (f / "model.safetensors").rename(f / "model-00001-of-00002.safetensors")
+        ),
+        "index.json is damaged",
+    ),
+    "folder of weights": (
+        lambda f: put_a_folder(f / "model.safetensors"),
+        r"model\.safetensors is damaged",
+    ),
+    "loop of weights": (lambda f: loop(f / "model.safetensors"), r"model\.safetensors is damaged"),
+    "unknown type": (
+        lambda f: change_header(f, b'"F32"', b'"F99"'),
+        r"model\.safetensors is damaged",
+    ),
     "vocabulary": (lambda f: change_config(f, vocab_size=9999), "another shape: .*embed_tokens"),
     "tokenizer": (lambda f: (f / "tokenizer.json").write_text("{}"), r"tokenizer\.json is damaged"),
     "half tokenizer": (lambda f: cut(f / "tokenizer.json"), r"tokenizer\.json is damaged"),
@@ -120,6 +161,84 @@ def test_damaged_folders(copy: Path, damage: str) -> None:
     for lora, quantization in ((None, None), (LORA, "nf4")):
         with pytest.raises(UserError, match=problem):
             PolicyConfig(path=str(copy), lora=lora, quantization=quantization).check()
+
+
+NO_OBJECTS = (b"", b"[]", b"3", b"null", b'"x"', b"NaN", b"{", b"\0\0", b"\xff\xfe{}", b"[" * 99999)
+SMALL_FILES = (
+    "config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "generation_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "model.safetensors.index.json",
+)
+
+
+def test_damaged_small_files(copy: Path) -> None:
+    """Each of them in each way, whether the model has it or not: never passed over."""
+    adapter = copy / "adapter"
+    base = AutoModelForCausalLM.from_pretrained(copy)
+    config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])
+    peft.get_peft_model(base, config).save_pretrained(str(adapter))
+    for file in (*(copy / name for name in SMALL_FILES), adapter / "adapter_config.json"):
+        whole = file.read_bytes() if file.exists() else None
+        spoils: list[Callable[[], object]] = [partial(file.write_bytes, c) for c in NO_OBJECTS]
+        spoils += [partial(loop, file), partial(put_a_folder, file)]
+        for spoil in spoils:
+            file.unlink(missing_ok=True)
+            spoil()
+            given = reference(copy, adapter=str(adapter))
+            refuse_each: list[Callable[[], object]] = [given.check_files]
+            if file.name in TOKENIZER_FILES:  # token counts are made before models are looked at
+                refuse_each.append(partial(getattr, given.tokenization, "format"))
+            for refuse in refuse_each:
+                with pytest.raises(UserError) as caught:
+                    refuse()
+                assert f"{file} is damaged (" in str(caught.value)
+                assert "\n" not in str(caught.value)
+        file.rmdir()
+        if whole is not None:
+            file.write_bytes(whole)
+    reference(copy, adapter=str(adapter)).check()
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe", None])
+def test_a_damaged_template_is_not_passed_over(copy: Path, content: bytes | None) -> None:
+    file = copy / "chat_template.jinja"
+    if content is None:
+        loop(file)
+    else:
+        file.write_bytes(content)
+    with pytest.raises(UserError, match=rf"{file} is damaged \("):
+        _ = reference(copy).tokenization.format
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_that_are_not_finite(
+    copy: Path, tmp_path: Path, value: float, dtype: torch.dtype
+) -> None:
+    config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])
+    adapted = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(copy), config)
+    next(p for p in adapted.parameters() if p.requires_grad).data.view(-1)[-1] = value
+    adapted.save_pretrained(str(tmp_path / "adapter"))
+    with pytest.raises(UserError, match=r"adapter_model.*lora_A\.weight has NaN or infinite"):
+        reference(copy, adapter=str(tmp_path / "adapter")).check()
+    stored = load_file(copy / "model.safetensors")
+    stored = {name: tensor.to(dtype) for name, tensor in stored.items()}
+    stored[NORM][3] = value
+    save_file(stored, copy / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=rf"{copy}: {NORM} has NaN or infinite"):
+        reference(copy).load(CPU)
+    with pytest.raises(UserError, match="has NaN or infinite"):
+        PolicyConfig(path=str(copy), lora=LORA, quantization="nf4").build(CPU, 0)
+
+
+def test_a_quantization_that_transformers_does_not_know(copy: Path) -> None:
+    change_config(copy, quantization_config={"quant_method": "nope"})
+    with pytest.raises(UserError, match="does not know nope, by which config"):
+        reference(copy).load(CPU)
 
 
 def test_tokens_beyond_the_embeddings(copy: Path) -> None:

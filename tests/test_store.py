@@ -18,7 +18,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.numpy import load_file, save_file
 
 from mrpo_lab.data.dataset import Dataset
 from mrpo_lab.data.ids import reply_ids
@@ -127,51 +126,6 @@ class TestTable:
         cache.write_text("a file")
         with pytest.raises(UserError, match=r"cannot write to the cache .*: set MRPO_LAB_CACHE"):
             table()
-
-
-class TestDamage:
-    @pytest.fixture
-    def shard(self) -> Path:
-        ids = named("a", "b", "c")
-        table().append(ids, numbers(ids))
-        (path,) = table().folder.glob("*.safetensors")
-        return path
-
-    def refused(self, shard: Path, problem: str) -> None:
-        with pytest.raises(UserError, match=problem) as caught:
-            table().read(named("a"))
-        assert str(shard) in str(caught.value)
-        assert "delete" in str(caught.value)
-
-    @pytest.mark.parametrize("left", [0, 5, 60, -1])
-    def test_truncated(self, shard: Path, left: int) -> None:
-        shard.write_bytes(shard.read_bytes()[:left])
-        self.refused(shard, "damaged")
-
-    @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-    def test_not_finite(self, shard: Path, value: float) -> None:
-        content = load_file(shard)
-        content["sums"][1] = value
-        save_file(content, shard)
-        self.refused(shard, "column sums is incomplete or not finite")
-
-    @pytest.mark.parametrize("name", ["id", "sums", "counts"])
-    def test_without_a_column(self, shard: Path, name: str) -> None:
-        content = load_file(shard)
-        del content[name]
-        save_file(content, shard)
-        self.refused(shard, "is incomplete")
-
-    def test_with_a_short_column(self, shard: Path) -> None:
-        content = load_file(shard)
-        save_file(content | {"counts": content["counts"][:2]}, shard)
-        self.refused(shard, "column counts is incomplete")
-
-    def test_what_is_not_finite_is_not_even_added(self) -> None:
-        ids = named("a", "b")
-        with pytest.raises(UserError, match="sums not finite: try dtype"):
-            table().append(ids, numbers(ids) | {"sums": np.array([-1.0, np.nan])})
-        assert not list(table().folder.glob("*.safetensors"))
 
 
 def start(work: Callable[..., None], *arguments: Any) -> multiprocessing.process.BaseProcess:

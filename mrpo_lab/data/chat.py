@@ -17,6 +17,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from mrpo_lab.data.texts import Item, Message, TokenRow
 from mrpo_lab.errors import UserError, first_line
 from mrpo_lab.storage.files import local_path
+from mrpo_lab.storage.model_files import check_small_files, read_object
 
 FROZEN_DATE = "26 Jul 2024"
 """Date shown by templates that print today's date: scores must not depend on the current day."""
@@ -270,9 +271,12 @@ def load_format(
     Raises:
         UserError: there is no chat template, or the tokenizer cannot be loaded.
     """
+    check_small_files(folder, name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # libraries raise anything for a damaged file
+        if (folder / "tokenizer.json").is_file():
+            read_object(folder / "tokenizer.json", name)
         raise UserError(f"{name}: no usable tokenizer in {folder}: {first_line(error)}") from error
     source = template_source(name, template) if template else tokenizer.chat_template
     if isinstance(source, dict):  # several templates by name

@@ -69,13 +69,14 @@ def first_problem(tokenization: Tokenization, items: Sequence[Item], ids: np.nda
     right = ((known["conforms"] == 1) | (ids == NONE)).all(-1)
     if found.all() and right.all():
         return None
-    problems: list[str] = []
-    for n in np.flatnonzero(~(found.all(-1) & right)).tolist():
+    checked = np.flatnonzero(~(found.all(-1) & right))
+    problems = []
+    for n in checked.tolist():
         (rows,) = tokenization.rows([items[n]])
-        here = check_rows(tokenization.format, [items[n]], [rows or ()])
-        table.append(ids[[n]], {"conforms": np.full((1, ids.shape[1]), not here, dtype=np.int8)})
-        problems += here
-    return problems[0] if problems else None
+        problems.append(check_rows(tokenization.format, [items[n]], [rows or ()]))
+    conforms = np.array([not here for here in problems], dtype=np.int8)
+    table.append(ids[checked], {"conforms": np.repeat(conforms[:, None], ids.shape[1], axis=1)})
+    return next((problem for here in problems for problem in here), None)
 
 
 class _Around(NamedTuple):

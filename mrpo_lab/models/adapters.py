@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from mrpo_lab.errors import UserError, first_line
-from mrpo_lab.models.loading import tensor_types
+from mrpo_lab.models.loading import FLOATS, check_finite, tensor_types
+from mrpo_lab.storage.model_files import check_small_files
 
 WEIGHTS = "adapter_model.safetensors"
 NEED_DATA = ("eva", "lora_ga", "corda")
@@ -32,7 +33,11 @@ def check_adapter(folder: Path, adapter: str) -> None:
     file = folder / WEIGHTS
     if not file.is_file():
         raise UserError(f"adapter {adapter}: there is no {file.name} in {folder}")
-    tensor_types(file, f"adapter {adapter}")
+    check_small_files(folder, f"adapter {adapter}")
+    types = tensor_types(file, f"adapter {adapter}")
+    if odd := [name for name, dtype in types.items() if dtype not in FLOATS]:
+        raise UserError(f"adapter {adapter}: {odd[0]} in {file} is stored as {types[odd[0]]}")
+    check_finite(file, f"adapter {adapter}")
     try:
         config = peft.PeftConfig.from_pretrained(str(folder))
     except Exception as error:  # of any class: the file is somebody else's

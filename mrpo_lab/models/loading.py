@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.utils import logging as transformers_logging
 
 from mrpo_lab.errors import UserError, first_line
+from mrpo_lab.storage.model_files import check_small_files, read_object
 
 META = torch.device("meta")
 """The device on which a model has shapes and no numbers: loading there takes no memory."""
 FLOATS = ("F64", "F32", "F16", "BF16")
 """Types of safetensors that are numbers as they stand; others need a scale, which is elsewhere."""
+QUANTIZED_BY = ("quantization_config", "compression_config")
+"""Keys of config.json that say how weights are quantized as stored."""
 NAMED = 4
 """Number of tensors that a message names; of the others it says how many there are."""
 LFS_POINTER = b"version https://git-lfs"
@@ -45,8 +47,12 @@ def load_model(
 
     Raises:
         UserError: not a causal language model in safetensors; or a tensor is missing, has no place
-            in the model, or has another shape. transformers would fill it at random.
+            in the model, or has another shape, where transformers would fill it at random; or
+            weights are not finite, or quantized in a way that transformers does not know.
     """
+    if device != META and quantization:  # whose numbers show no longer what they were made of
+        for file in sorted(folder.glob("*.safetensors")):
+            check_finite(file, path)
     settings: dict[str, Any] = {}
     if quantization:
         settings["quantization_config"] = _bitsandbytes(quantization, dtype)
@@ -69,9 +75,17 @@ def load_model(
         except Exception as error:
             raise UserError(f"{path}: cannot be loaded: {first_line(error)}") from error
     model, report = loaded
+    stored = stored_quantization(folder)
+    if stored and getattr(model, "hf_quantizer", None) is None:
+        raise UserError(
+            f"{path}: transformers does not know {stored}, by which config.json says that the "
+            "weights are quantized: they would be read as raw numbers"
+        )
     _check_report(path, model, report, device)
     model.eval()
     on_device: nn.Module = model if placed else model.to(device)
+    if device != META:
+        _check_finite(on_device.named_parameters(), f"{path}: {folder}")
     return on_device
 
 
@@ -127,25 +141,22 @@ def read_config(folder: Path, path: str) -> dict[str, Any]:
     """The content of a model folder's config.json.
 
     Raises:
-        UserError: there is none, or it is no JSON object.
+        UserError: there is none, it is no JSON object, or a part of it that must be one is none.
     """
-    file = folder / "config.json"
-    try:
-        content = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: {file} cannot be read: {first_line(error)}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: {file} is not a JSON object")
-    return content
+    config = read_object(folder / "config.json", path)
+    for key in ("text_config", *QUANTIZED_BY):
+        if not isinstance(config.get(key) or {}, dict):
+            raise UserError(f"{path}: {folder / 'config.json'}: {key} is not a JSON object")
+    return config
 
 
 def stored_quantization(folder: Path) -> str | None:
     """The method by which a checkpoint's weights are quantized as stored, or None."""
     config = read_config(folder, str(folder))
     for part in (config, config.get("text_config") or {}):
-        for key in ("quantization_config", "compression_config"):
-            if part.get(key):
-                return str(part[key].get("quant_method") or "bitsandbytes")
+        for key in QUANTIZED_BY:
+            if isinstance(how := part.get(key), dict) and how:
+                return str(how.get("quant_method") or "bitsandbytes")
     return None
 
 
@@ -162,6 +173,7 @@ def check_files(folder: Path, path: str) -> None:
             f"adapter={path}"
         )
     read_config(folder, path)
+    check_small_files(folder, path)
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise UserError(f"{path}: cannot be loaded: no .safetensors weights in {folder}")
@@ -176,26 +188,41 @@ def check_files(folder: Path, path: str) -> None:
     _check_tokenizer(folder / "tokenizer.json", path)
     index = folder / "model.safetensors.index.json"
     if index.is_file() and not (folder / "model.safetensors").is_file():
-        try:
-            shards = set(json.loads(index.read_text())["weight_map"].values())
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{path}: {index} is damaged: {first_line(error)}") from error
-        if absent := sorted(shards - {file.name for file in files}):
+        shards = read_object(index, path).get("weight_map")
+        if not isinstance(shards, dict) or not all(isinstance(x, str) for x in shards.values()):
+            raise UserError(f"{path}: {index} is damaged (no weight_map): download it again")
+        if absent := sorted({*shards.values()} - {file.name for file in files}):
             raise UserError(f"{path}: {folder} lacks {_some(absent)}: download it again")
 
 
 def _check_tokenizer(file: Path, path: str) -> None:
-    if not file.is_file():
-        return  # the tokenizer has files of another kind
-    try:
-        content = json.loads(file.read_bytes())
-    except (OSError, ValueError) as error:
-        problem: str | None = first_line(error)
-    else:
-        whole = isinstance(content, dict) and {"model", "added_tokens"} <= content.keys()
-        problem = None if whole else "it holds no tokenizer"
-    if problem:
-        raise UserError(f"{path}: {file} is damaged ({problem}): download it again")
+    if file.is_file() and not {"model", "added_tokens"} <= read_object(file, path).keys():
+        raise UserError(f"{path}: {file} is damaged (it holds no tokenizer): download it again")
+
+
+def check_finite(file: Path, path: str) -> None:
+    """Read the weights in a safetensors file and check that all of them are finite.
+
+    Raises:
+        UserError: names the tensor that is not.
+    """
+    with safe_open(file, framework="pt") as tensors:
+        _check_finite(((n, tensors.get_tensor(n)) for n in tensors.keys()), f"{path}: {file}")  # noqa: SIM118
+
+
+def _check_finite(tensors: Iterable[tuple[str, Tensor]], where: str) -> None:
+    for name, tensor in tensors:
+        # Masks may be infinite, and integers and numbers of 8 bits are scaled elsewhere.
+        scaled = not tensor.is_floating_point() or tensor.element_size() == 1
+        if scaled or not name.endswith(("weight", "bias")):
+            continue
+        # Where the sum is finite all are; it takes a hundredth of the time.
+        if not tensor.sum().isfinite() and not tensor.isfinite().all():
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            raise UserError(
+                f"{where}: {name} has NaN or infinite weights in {dtype}: download it again, or "
+                "choose a wider dtype"
+            )
 
 
 def tensor_types(file: Path, path: str) -> dict[str, str]:
@@ -208,8 +235,11 @@ def tensor_types(file: Path, path: str) -> dict[str, str]:
         with safe_open(file, framework="pt") as tensors:
             return {name: tensors.get_slice(name).get_dtype() for name in tensors.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        with file.open("rb") as content:
-            pointer = content.read(len(LFS_POINTER)) == LFS_POINTER
+        try:
+            with file.open("rb") as content:
+                pointer = content.read(len(LFS_POINTER)) == LFS_POINTER
+        except OSError:
+            pointer = False
         problem = "a Git LFS pointer, not the weights" if pointer else first_line(error)
         raise UserError(f"{path}: {file} is damaged ({problem}): download it again") from error
 

@@ -4,32 +4,57 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
+import time
 from contextlib import suppress
 from pathlib import Path
 
+from mrpo_lab.errors import UserError
 from mrpo_lab.storage import cache
-from mrpo_lab.storage.files import write_whole
+from mrpo_lab.storage.checksums import read_json, write_json
+
+MEMOS = "sha256"
+"""The folder of the cache with the hashes of files."""
+SETTLED = 2.0
+"""Seconds after which another change of a file gives it another time of change for certain."""
 
 
 def content_hash(file: Path) -> str:
-    """sha256 of a file, kept in the cache for as long as the file's size and time stay the same."""
+    """sha256 of a file, kept in the cache for as long as the file stays the same by its size, inode
+    and times. The time of change (ctime) cannot be set back, so that every change is seen.
+
+    Raises:
+        UserError: the file is named by its sha256, as in the hub's cache, and has another.
+    """
     real = file.resolve()
-    if re.fullmatch(r"[0-9a-f]{64}", real.name):
-        return real.name  # the hub's cache names large files by their sha256
-    stat = real.stat()
-    stamp = [str(real), stat.st_size, stat.st_mtime_ns]
-    memo = cache.root() / "hashes" / f"{hashlib.sha256(str(real).encode()).hexdigest()[:24]}.json"
+    stamp = _stamp(real, real.stat())
+    name = hashlib.sha256(json.dumps(stamp).encode()).hexdigest()[:24]
+    memo = cache.root() / MEMOS / f"{name}.json"
     with suppress(OSError, ValueError):
-        known = json.loads(memo.read_text())
-        if known["stamp"] == stamp:
+        known, verified = read_json(memo)
+        if verified and known["stamp"] == stamp:
             return str(known["sha256"])
-    with real.open("rb") as content:
-        sha256 = hashlib.file_digest(content, "sha256").hexdigest()
-    with suppress(OSError):  # without it the file is only hashed again
-        memo.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(memo, json.dumps({"stamp": stamp, "sha256": sha256}).encode())
+    sha256 = read_hash(real)
+    status = real.stat()
+    if re.fullmatch(r"[0-9a-f]{64}", real.name) and real.name != sha256:
+        raise UserError(f"{real}: damaged: delete it and {file}, and download it again")
+    if _stamp(real, status) == stamp and time.time() - status.st_ctime > SETTLED:
+        with suppress(OSError):  # without it the file is only hashed again
+            memo.parent.mkdir(parents=True, exist_ok=True)
+            write_json(memo, {"stamp": stamp, "sha256": sha256}, lasting=False)
     return sha256
+
+
+def read_hash(file: Path) -> str:
+    """sha256 of a file's content, which is read."""
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
+
+
+def _stamp(file: Path, status: os.stat_result) -> list[str | int]:
+    times = (status.st_mtime_ns, status.st_ctime_ns)
+    return [str(file), status.st_size, status.st_ino, *times]
 
 
 def tree_hash(path: Path) -> str:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import fcntl
+import functools
 import os
 import re
 import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,10 +35,15 @@ def local_path(text: str | os.PathLike[str]) -> Path:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, *, lasting: bool = True) -> Iterator[Path]:
     """Replace a file atomically by the one that is written to the path that is yielded.
 
-    Readers see the old content or the new, never a part. If writing fails, no draft is left.
+    Readers see the old content or the new, never a part, and so does whoever comes after a loss of
+    power. If writing fails, no draft is left.
+
+    Args:
+        lasting: whether to wait until the file is on the disk, some 10 ms. Without, a loss of power
+            may leave an empty file: for what can be made again, and is checked when it is read.
 
     Raises:
         OSError: the file could not be written; ``filename`` is ``path``.
@@ -45,7 +52,11 @@ def replacing(path: Path) -> Iterator[Path]:
     try:
         with naming(path):
             yield draft
+            if lasting:
+                flush(draft)
             os.replace(draft, path)
+            if lasting:
+                flush_names(path.parent)
     finally:
         with suppress(OSError):
             draft.unlink(missing_ok=True)
@@ -55,22 +66,81 @@ def replacing(path: Path) -> Iterator[Path]:
 def replacing_folder(path: Path) -> Iterator[Path]:
     """Replace a folder by the one that is written to the path that is yielded.
 
-    If writing fails, the former folder is left and no draft. A kill between the removal of the
-    former folder and the renaming of the new one leaves neither.
+    If writing fails, the former folder is left and no draft. It is moved aside before the new one
+    takes its place: what a kill between the two leaves aside is put back by the next call.
 
     Raises:
         OSError: the folder could not be written; ``filename`` is ``path``.
     """
-    draft = path.with_name(f".{path.name}.tmp")
+    draft, former = (path.with_name(f".{path.name}.{kind}") for kind in ("tmp", "former"))
     shutil.rmtree(draft, ignore_errors=True)
+    _put_back(former, path)
     try:
         with naming(path):
             yield draft
+            flush_tree(draft)
             if path.exists():
-                shutil.rmtree(path)
+                path.rename(former)
             draft.rename(path)
+            flush_names(path.parent)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+        _put_back(former, path)
+
+
+def _put_back(former: Path, path: Path) -> None:
+    """Move a folder back from aside, or remove it where another has taken its place."""
+    if path.exists():
+        shutil.rmtree(former, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            former.rename(path)
+
+
+def flush(file: Path) -> None:
+    """Wait until the content of a file is on the disk.
+
+    Raises:
+        OSError: it cannot be stored; some file systems find out only here that they are full.
+    """
+    descriptor = os.open(file, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def flush_tree(folder: Path) -> None:
+    """Wait until all files in and below a folder are on the disk, contents and names.
+
+    Raises:
+        OSError: see ``flush``.
+    """
+    for entry in (*folder.rglob("*"), folder):
+        if entry.is_dir():
+            flush_names(entry)
+        else:
+            flush(entry)
+
+
+def flush_names(folder: Path) -> None:
+    """Wait until the names in a folder are on the disk.
+
+    File systems that cannot do this, and folders that may not be read, are passed over.
+    """
+    with suppress(OSError):
+        flush(folder)
+        _flush_way(folder.absolute(), folder.stat().st_ino)
+
+
+@functools.cache  # a folder needs it once, after it was made
+def _flush_way(folder: Path, _inode: int) -> None:
+    """Wait until the folders that lead to ``folder`` are on the disk, which may be new as well."""
+    for place, parent in pairwise((folder, *folder.parents)):
+        if place.stat().st_dev != parent.stat().st_dev:
+            return  # where a file system begins is not new
+        with suppress(OSError):
+            flush(parent)
 
 
 @contextmanager
@@ -94,13 +164,13 @@ def naming(path: Path) -> Iterator[None]:
         raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Replace a file atomically; see ``replacing``.
+def write_whole(path: Path, content: bytes, *, lasting: bool = True) -> None:
+    """Replace a file atomically; see ``replacing``, also for ``lasting``.
 
     Raises:
         OSError: the file could not be written; no draft is left.
     """
-    with replacing(path) as draft:
+    with replacing(path, lasting=lasting) as draft:
         draft.write_bytes(content)
 
 

@@ -5,15 +5,20 @@ and then renamed: readers see all of it or nothing, and several processes can ap
 are addressed by content: the key is a hash of one prompt and one reply, so that overlapping data
 sets, pools, splits, pairs and lists share rows. If rows repeat, the oldest counts: a number never
 changes once it was read.
+
+A shard's name has the checksum of its content and its table, so that a damaged shard, or one of
+another table, is refused and never read as numbers.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import logging
+import math
+import re
 import time
-import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,10 +28,11 @@ from typing import Any
 import numpy as np
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save
+from safetensors.numpy import load, save
 
-from mrpo_lab.errors import UserError
+from mrpo_lab.errors import UserError, first_line
 from mrpo_lab.storage import cache
+from mrpo_lab.storage.checksums import OTHER, checksum
 from mrpo_lab.storage.files import write_whole
 
 logger = logging.getLogger(__name__)
@@ -35,6 +41,17 @@ ID = np.dtype("S16")
 """Type of a row's id, a 16-byte hash."""
 NONE = b""
 """Padding in an array of ids, where a list has fewer replies than others; its numbers are 0."""
+KEY = "key.json"
+"""The file of a table that says of what its numbers are."""
+FIRST = "first_opened_as"
+"""What a key.json says besides the key and the columns."""
+LIMITS = {
+    **dict.fromkeys(("sums", "alone", "together", "left", "again"), (-math.inf, 0)),
+    **dict.fromkeys(("counts", "vocabulary"), (1, math.inf)),
+    **dict.fromkeys(("prompt", "reply"), (0, math.inf)),
+    **dict.fromkeys(("prefix_broken", "system_folded", "conforms"), (0, 1)),
+}
+"""Least and greatest number of the columns with these names; others may have any finite number."""
 
 
 @dataclass(frozen=True)
@@ -58,14 +75,15 @@ class Table:
             columns: name to numpy dtype.
 
         Raises:
-            UserError: the cache cannot be written to.
+            UserError: the cache cannot be written to, or the folder is that of another table.
         """
         folder = cls._place(kind, key, columns)
-        text = json.dumps({"first_opened_as": name, **key, "columns": dict(columns)}, indent=2)
+        text = json.dumps({FIRST: name, **key, "columns": dict(columns)}, indent=2)
         with cache.writing():
             folder.mkdir(parents=True, exist_ok=True)
-            if not (folder / "key.json").exists():
-                write_whole(folder / "key.json", text.encode())
+            if not (folder / KEY).exists():
+                write_whole(folder / KEY, text.encode())
+        read_key(folder)
         return cls(folder, columns)
 
     @classmethod
@@ -76,8 +94,7 @@ class Table:
 
     @staticmethod
     def _place(kind: str, key: Mapping[str, Any], columns: Mapping[str, str]) -> Path:
-        content = json.dumps({**key, "columns": dict(columns)}, sort_keys=True)
-        return cache.root() / kind / hashlib.sha256(content.encode()).hexdigest()[:16]
+        return cache.root() / kind / key_hash({**key, "columns": dict(columns)})
 
     def read(self, ids: np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray]:
         """Read the numbers of ``ids``, an array of any shape.
@@ -87,7 +104,7 @@ class Table:
             there is one, in the same shape. ``NONE`` counts as found.
 
         Raises:
-            UserError: a shard is damaged or holds numbers that are not finite.
+            UserError: a shard is damaged, or holds numbers that cannot be.
         """
         stored = self._load()
         order = np.argsort(stored["id"], kind="stable")
@@ -103,19 +120,19 @@ class Table:
         """Add rows as one new shard. Rows that the table has already keep their numbers.
 
         Raises:
-            UserError: a number is not finite, or the cache cannot be written to.
+            UserError: a number is not finite or cannot be, or the cache cannot be written to.
         """
-        for name in self.columns:
-            if not np.isfinite(values[name]).all():
-                raise UserError(f"{self.folder}: {name} not finite: try dtype=bfloat16 or float32")
         there = ids != NONE
         raw = np.frombuffer(ids[there].tobytes(), dtype=np.uint8)
         shard = {"id": raw.reshape(-1, ID.itemsize)}
         for name, dtype in self.columns.items():
             shard[name] = np.ascontiguousarray(values[name][there], dtype=dtype)
-        name = f"{time.time_ns():020}-{uuid.uuid4().hex}.safetensors"  # file names sort by age
-        with cache.writing():
-            write_whole(self.folder / name, save(shard))
+        if problem := self._problem(shard):
+            raise UserError(f"{self.folder}: {problem}: try dtype=bfloat16 or float32")
+        content = save(shard)
+        digest = checksum(self._name, content)
+        with cache.writing():  # file names sort by age
+            write_whole(self.folder / f"{time.time_ns():020}-{digest}.safetensors", content)
 
     @contextmanager
     def filling(self) -> Iterator[None]:
@@ -132,26 +149,97 @@ class Table:
         finally:
             lock.release()
 
+    @property
+    def _name(self) -> str:
+        """The table's kind and the hash of its key."""
+        return f"{self.folder.parent.name}/{self.folder.name}"
+
+    def shards(self) -> list[Path]:
+        """The files of the table, the oldest first."""
+        return sorted(self.folder.glob("*.safetensors"))
+
     def _load(self) -> dict[str, np.ndarray]:
-        shards = [self._shard(path) for path in sorted(self.folder.glob("*.safetensors"))]
+        shards = self.shards()
+        if any(stored_checksum(path) is None for path in shards):
+            _announce_unverified(cache.root())
+        loaded = [self.shard(path) for path in shards]
         empty = {"id": np.zeros(0, dtype=ID)}
         empty |= {name: np.zeros(0, dtype=dtype) for name, dtype in self.columns.items()}
-        return {name: np.concatenate([s[name] for s in [empty, *shards]]) for name in empty}
+        return {name: np.concatenate([s[name] for s in [empty, *loaded]]) for name in empty}
 
-    def _shard(self, path: Path) -> dict[str, np.ndarray]:
+    def shard(self, path: Path) -> dict[str, np.ndarray]:
+        """Read one file of the table: its columns and ``id``, each (n,).
+
+        Raises:
+            UserError: it is damaged, or is of another table.
+        """
         try:
-            shard = load_file(path)
-        except (SafetensorError, OSError, ValueError) as error:
+            content = path.read_bytes()
+            if stored_checksum(path) not in (None, checksum(self._name, content)):
+                raise ValueError(OTHER)
+            shard = load(content)
+            if problem := self._problem(shard):
+                raise ValueError(problem)
+        except (SafetensorError, OSError, ValueError, KeyError) as error:
             raise UserError(
-                f"{path}: damaged ({error}): delete it, it will be computed again"
+                f"{path}: damaged ({first_line(error)}): delete it, it will be computed again"
             ) from error
-        rows = len(shard.get("id", ()))
-        for name in self.columns:
-            column = shard.get(name)
-            if column is None or len(column) != rows or not np.isfinite(column).all():
-                raise UserError(
-                    f"{path}: column {name} is incomplete or not finite: delete the file, it will "
-                    "be computed again"
-                )
         shard["id"] = np.frombuffer(shard["id"].tobytes(), dtype=ID)
         return shard
+
+    def _problem(self, shard: Mapping[str, np.ndarray]) -> str | None:
+        """What is wrong with the columns of a shard, ``id`` as bytes; None if nothing is."""
+        rows = shard["id"].shape[:1] if "id" in shard else (-1,)
+        expected = {"id": ("u1", (*rows, ID.itemsize))}
+        expected |= {name: (dtype, rows) for name, dtype in self.columns.items()}
+        for name, (dtype, shape) in expected.items():
+            column = shard.get(name)
+            if column is None or column.shape != shape or column.dtype != dtype:
+                return f"column {name} is incomplete"
+            if not np.isfinite(column).all():
+                return f"{name} not finite"
+            least, greatest = LIMITS.get(name, (-math.inf, math.inf))
+            if len(column) and not least <= column.min() <= column.max() <= greatest:
+                return f"{name} outside [{least}, {greatest}]"
+        return None
+
+
+def key_hash(content: Mapping[str, Any]) -> str:
+    """The name of the folder of a table with this key and columns."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def stored_checksum(shard: Path) -> str | None:
+    """The checksum in the name of a shard; None for those that earlier versions wrote."""
+    named = re.fullmatch(r"\d+-([0-9a-f]{40})", shard.stem)
+    return named[1] if named else None
+
+
+def read_key(folder: Path) -> dict[str, Any]:
+    """The key of the table in a folder, and its columns under ``columns``.
+
+    Raises:
+        UserError: its key.json is damaged or that of another table.
+    """
+    file = folder / KEY
+    try:
+        content = json.loads(file.read_bytes())
+        content.pop(FIRST, None)
+        if key_hash(content) == folder.name and isinstance(content["columns"], dict):
+            return dict(content)
+        problem = "that of another table"
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        problem = f"damaged ({first_line(error)})"
+    raise UserError(
+        f"{file}: {problem}: delete it if nothing was renamed here, it will be written again; else "
+        f"delete {folder}, its numbers will be computed again"
+    )
+
+
+@functools.cache  # one line a process
+def _announce_unverified(root: Path) -> None:
+    logger.info(
+        "%s: numbers that an earlier version stored have no checksums and are used unverified: "
+        "`python -m mrpo_lab.storage verify` lists them",
+        root,
+    )
