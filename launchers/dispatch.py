@@ -7,8 +7,6 @@ from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from launchers.cluster import Cluster
 from launchers.composing import Composer
 from launchers.profiles import build_cluster
@@ -113,7 +111,7 @@ def refuse_other_results(
     if len(done) > 20:
         show(f"comparing {len(done)} finished runs with today's configuration files ...")
     for name in done:
-        saved = yaml.load((sweep.outputs / name / "config.yaml").read_text(), yaml.CSafeLoader)
+        saved = RunView(sweep.outputs / name).config
         if differing := difference(composer.full_config(asked[name]), saved):
             others.append(f"{name} ({'; '.join(differing)})")
     if others:
@@ -163,7 +161,7 @@ def describe(sweep: Sweep, states: Mapping[str, RunState], scores: Sequence[Scor
     """One line: how many runs are finished, active, and submitted now."""
     counts = Counter(run.state for run in states.values())
     submitted = sum(counts[state] for state in UNFINISHED)
-    again = [f"{counts[s]} {s}" for s in ("failed", "dead") if counts[s]]
+    again = [f"{counts[s]} {s}" for s in ("failed", "dead", "damaged") if counts[s]]
     parts = [f"{counts[s]} {s}" for s in ("finished", "running", "queued") if counts[s]]
     parts.append(f"{submitted} submitted" + (f" ({', '.join(again)} before)" if again else ""))
     if submitted and scores:

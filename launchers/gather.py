@@ -33,7 +33,7 @@ def gather(sweep: Sweep) -> Table:
         # A run that has finished since its state was read keeps the state that was read.
         result = (finished(sweep.outputs / name) or {}) if run.state == "finished" else {}
         numbers = {key: result.get(key) for key in NUMBERS}
-        error = run.record.error if run.record and run.state == "failed" else None
+        error = run.record.error if run.record and run.state == "failed" else run.damage or None
         rows.append({"run": name, "state": run.state, **numbers, "error": error})
     write_whole(sweep.folder / "summary.json", (json.dumps(rows, indent=1) + "\n").encode())
     table = summary_table(rows)

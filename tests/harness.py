@@ -163,8 +163,9 @@ def metrics(folder: Path) -> list[dict[str, float]]:
 
 
 def result(folder: Path) -> dict[str, Any]:
-    """``result.json`` without what depends on the clock and the machine."""
-    costs = ("wall_seconds", "pairs_per_second", "setup_seconds", "peak_memory_gib")
+    """``result.json`` without what depends on the clock and the machine, checksums included."""
+    costs = ["wall_seconds", "pairs_per_second", "setup_seconds", "peak_memory_gib"]
+    costs += ["files", "checksum"]
     return {k: v for k, v in read_json(folder / "result.json").items() if k not in costs}
 
 
