@@ -12,7 +12,7 @@ from launchers.composing import Composer
 from launchers.profiles import build_cluster
 from launchers.queues import queue
 from launchers.scores import required_scores, scored_marker
-from launchers.sweep import UNFINISHED, Plan, RunState, Sweep, by_output, dispatch_lock
+from launchers.sweep import UNFINISHED, Plan, RunState, Sweep, by_output, dispatch_lock, writing
 from launchers.tasks import Gather, Score, Train
 from launchers.watching import watch
 from mrpo_lab.console import show
@@ -79,8 +79,9 @@ def extend_plan(
         plan.runs[name] = {**run, "scores": [scores.key for scores in required]}
         for scores in required:
             plan.scores[scores.key] = {"slug": scores.slug, "path": scores.path, **run}
-    composer.snapshot(sweep.folder / "conf")
-    sweep.write_plan(plan)
+    with writing(sweep.folder):
+        composer.snapshot(sweep.folder / "conf")
+        sweep.write_plan(plan)
     return list(asked)
 
 
@@ -134,7 +135,8 @@ def submit_missing(sweep: Sweep, cluster: Cluster, names: Sequence[str]) -> None
     scores = missing_scores(sweep, plan, runs, active)
     if runs:
         cluster.check(scores)
-        cluster.submit(sweep, scores, runs, Gather(str(sweep.folder)), active)
+        with writing(sweep.folder):
+            cluster.submit(sweep, scores, runs, Gather(str(sweep.folder)), active)
     show(describe(sweep, states, scores))
 
 

@@ -216,6 +216,26 @@ class Sweep:
 
 
 @contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Turn an error while writing the folder of a sweep into one that says what to do.
+
+    Raises:
+        UserError: the disk is full, or the folder cannot be written for another reason.
+    """
+    try:
+        yield
+    except OSError as error:
+        for draft in folder.glob("conf/.*.tmp"):
+            shutil.rmtree(draft, ignore_errors=True)
+        # shutil.copytree collects the errors of its files, and has no errno of its own.
+        reason = error.strerror or str(error.args[0][0][-1] if error.args else error)
+        raise UserError(
+            f"outputs: cannot write {folder}: {reason}; the same command goes on once it can be "
+            "written"
+        ) from error
+
+
+@contextmanager
 def dispatch_lock(outputs: Path) -> Iterator[None]:
     """Let one process at a time decide which jobs are missing below ``outputs``.
 
@@ -223,12 +243,14 @@ def dispatch_lock(outputs: Path) -> Iterator[None]:
         UserError: the folder cannot be written.
     """
     folder = outputs / "sweeps"
-    try:
+    with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"outputs: cannot write {folder}: {error.strerror}") from error
-    with FileLock(folder / ".lock"):
+        lock = FileLock(folder / ".lock")
+        lock.acquire()
+    try:
         yield
+    finally:
+        lock.release()
 
 
 def find_sweeps(outputs: Path) -> list[Sweep]:

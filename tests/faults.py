@@ -1,6 +1,6 @@
 """Faults at chosen moments: a process that is killed there, or that can write no more.
 
-A longer series of trials calls ``killed`` and ``refused`` with moments of its own choice.
+A longer series of trials calls ``survives`` and ``refused`` with moments of its own choice.
 """
 
 import errno
@@ -10,25 +10,30 @@ import sys
 import tempfile
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from fnmatch import fnmatch
 from pathlib import Path
 
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 MAKING = ("os.rename", "os.mkdir", "os.truncate")
 REMOVING = ("os.remove", "os.rmdir", "shutil.rmtree")
 Work = Callable[[], object]
+Moment = float | int | tuple[str, int]
+"""When a fault comes: after seconds; before a change, by its number from 1; or before the n-th
+change of a path that a pattern matches."""
 
 
-def on_change(folder: Path, then: Callable[[int, str, Path], None]) -> None:
-    """Call ``then`` before every change below ``folder`` with its number, its kind and its path.
+def before(folder: Path, moment: int | tuple[str, int], then: Callable[[str, Path], None]) -> None:
+    """Call ``then`` with the kind and the path of every change below ``folder`` from ``moment`` on.
 
-    A change is a file opened for writing, renamed or removed, or a folder made or removed. The hook
-    stays for the life of the process, so this is for a child's.
+    A change is a file opened for writing, renamed or removed, or a folder made or removed; ``then``
+    comes first. The hook stays for the life of the process, so this is for a child's.
     """
-    inside, count = f"{folder.absolute()}{os.sep}", 0
+    inside, count, reached = f"{folder.absolute()}{os.sep}", 0, False
+    pattern, number = moment if isinstance(moment, tuple) else ("*", moment)
 
     def hook(event: str, arguments: tuple[object, ...]) -> None:
-        nonlocal count
+        nonlocal count, reached
         if event == "open":
             path, _, flags = arguments
             if not (isinstance(flags, int) and flags & WRITING):
@@ -38,8 +43,10 @@ def on_change(folder: Path, then: Callable[[int, str, Path], None]) -> None:
         else:
             return
         if isinstance(path, (str, os.PathLike)) and os.path.abspath(path).startswith(inside):
-            count += 1
-            then(count, event, Path(path))
+            count += fnmatch(os.path.abspath(path), pattern)
+            reached = reached or count >= number
+            if reached:
+                then(event, Path(path))
 
     sys.addaudithook(hook)
 
@@ -84,61 +91,59 @@ def _run_and_exit(work: Work, output: int) -> None:
         os._exit(code)
 
 
-def killed(work: Work, folder: Path, change: int = 0, seconds: float | None = None) -> bool:
-    """Run ``work`` in a child that is killed before a change below ``folder``, or after a time.
+def killed(work: Work, folder: Path, moment: Moment) -> bool:
+    """Run ``work`` in a child that is killed at a moment of its changes below ``folder``.
 
     ``kill -9`` reaches no ``finally`` and writes no buffer.
-
-    Args:
-        change: number of the change, from 1.
 
     Returns:
         Whether it was killed; False if it ended before.
     """
 
-    def die(number: int, kind: str, path: Path) -> None:
-        if number == change:
-            os.kill(os.getpid(), signal.SIGKILL)
+    def die(kind: str, path: Path) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
 
     def doomed() -> None:
-        on_change(folder, die)
+        if not isinstance(moment, float):
+            before(folder, moment, die)
         work()
 
-    code, said = in_child(doomed, seconds)
+    code, said = in_child(doomed, moment if isinstance(moment, float) else None)
     assert code in (0, -signal.SIGKILL), said
     return code != 0
 
 
-def refused(work: Work, folder: Path, change: int, code: int = errno.ENOSPC) -> tuple[int, str]:
-    """Run ``work`` in a child that can write nothing below ``folder`` from a change on.
+def survives(work: Work, folder: Path, moments: Iterable[Moment]) -> int:
+    """Kill one session of ``work`` after the other, each at its moment, and let the last one end.
+
+    Returns:
+        How many sessions were killed; the others ended before their moment.
+    """
+    kills = sum(killed(work, folder, moment) for moment in moments)
+    code, said = in_child(work)
+    assert code == 0, said
+    return kills
+
+
+def refused(
+    work: Work, folder: Path, moment: int | tuple[str, int], code: int = errno.ENOSPC
+) -> tuple[int, str]:
+    """Run ``work`` in a child that can write nothing below ``folder`` from a moment on.
 
     Args:
         code: of the error; a full disk (ENOSPC) still removes files, one that is read-only (EROFS)
             does not.
 
     Returns:
-        The exit code and the output; 0 if there were not so many changes.
+        The exit code and the output.
     """
 
-    def refuse(number: int, kind: str, path: Path) -> None:
-        if number >= change and (kind not in REMOVING or code != errno.ENOSPC):
+    def refuse(kind: str, path: Path) -> None:
+        if kind not in REMOVING or code != errno.ENOSPC:
             raise OSError(code, os.strerror(code), str(path))
 
     def doomed() -> None:
-        on_change(folder, refuse)
+        before(folder, moment, refuse)
         work()
 
     return in_child(doomed)
-
-
-def changes(work: Work, folder: Path) -> int:
-    """The number of changes below ``folder`` that ``work`` makes, in a child."""
-    counted = Path(tempfile.mkdtemp()) / "changes"
-
-    def counting() -> None:
-        on_change(folder, lambda number, *_: counted.write_text(str(number)) and None)
-        work()
-
-    code, said = in_child(counting)
-    assert code == 0, said
-    return int(counted.read_text())
