@@ -141,7 +141,8 @@ class Run:
         except OSError as error:
             raise UserError(f"outputs: cannot write {self.folder}: {error.strerror}") from error
         try:
-            self._remove_drafts()
+            with self.writing():
+                self._remove_drafts()
             yield
         finally:
             lock.release()
@@ -176,8 +177,8 @@ class Run:
 
     def _remove_empty(self) -> None:
         """Remove the folders of a run that was refused before it began."""
-        (self.folder / ".lock").unlink(missing_ok=True)
         with suppress(OSError):
+            (self.folder / ".lock").unlink(missing_ok=True)
             for folder in [self.folder, *self.folder.parents][: self.name.count("/") + 1]:
                 folder.rmdir()
 
