@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from launchers.dispatch import submit_missing
@@ -15,9 +15,10 @@ from launchers.queues import cancel, queue
 from launchers.sweep import Sweep, dispatch_lock, find_sweeps
 from launchers.sync import sync
 from launchers.watching import show_status, watch
-from mrpo_lab.cli import exit_on_user_error, near, path_argument
+from mrpo_lab.cli import exit_on_user_error, fail, near, path_argument
 from mrpo_lab.console import show
 from mrpo_lab.errors import UserError
+from mrpo_lab.runs.damage import DamagedError
 from mrpo_lab.wording import format_count
 
 Verb = Callable[[argparse.Namespace], int]
@@ -46,15 +47,25 @@ def only_sweep(args: argparse.Namespace) -> Sweep:
     return found[0]
 
 
+def for_each(sweeps: Iterable[Sweep], action: Callable[[Sweep], bool | None]) -> int:
+    """The exit code of an action on several sweeps: 1 if it returned False for one of them, 2 if
+    one could not be read, which does not keep the others from being shown."""
+    code = 0
+    for sweep in sweeps:
+        try:
+            code = max(code, int(action(sweep) is False))
+        except DamagedError as error:
+            fail(str(error))
+            code = 2
+    return code
+
+
 def status(args: argparse.Namespace) -> int:
-    for sweep in chosen_sweeps(args):
-        show_status(sweep)
-    return 0
+    return for_each(chosen_sweeps(args), show_status)
 
 
 def wait(args: argparse.Namespace) -> int:
-    finished = [watch(sweep) for sweep in chosen_sweeps(args)]
-    return 0 if all(finished) else 1
+    return for_each(chosen_sweeps(args), watch)
 
 
 def retry(args: argparse.Namespace) -> int:
@@ -80,9 +91,7 @@ def logs(args: argparse.Namespace) -> int:
 
 
 def table(args: argparse.Namespace) -> int:
-    for sweep in chosen_sweeps(args):
-        show(gather(sweep))
-    return 0
+    return for_each(chosen_sweeps(args), lambda sweep: show(gather(sweep)))
 
 
 def upload(args: argparse.Namespace) -> int:

@@ -7,14 +7,12 @@ from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from launchers.cluster import Cluster
 from launchers.composing import Composer
 from launchers.profiles import build_cluster
 from launchers.queues import queue
 from launchers.scores import is_scored, required_scores
-from launchers.sweep import UNFINISHED, Plan, RunState, Sweep, by_output, dispatch_lock
+from launchers.sweep import UNFINISHED, Plan, RunState, Sweep, by_output, dispatch_lock, writing
 from launchers.tasks import Gather, Score, Train
 from launchers.watching import watch
 from mrpo_lab.console import show
@@ -81,8 +79,9 @@ def extend_plan(
         plan.runs[name] = {**run, "scores": [scores.key for scores in required]}
         for scores in required:
             plan.scores[scores.key] = {"slug": scores.slug, "path": scores.path, **run}
-    composer.snapshot(sweep.folder / "conf")
-    sweep.write_plan(plan)
+    with writing(sweep.folder):
+        composer.snapshot(sweep.folder / "conf")
+        sweep.write_plan(plan)
     return list(asked)
 
 
@@ -113,7 +112,7 @@ def refuse_other_results(
     if len(done) > 20:
         show(f"comparing {len(done)} finished runs with today's configuration files ...")
     for name in done:
-        saved = yaml.load((sweep.outputs / name / "config.yaml").read_text(), yaml.CSafeLoader)
+        saved = RunView(sweep.outputs / name).config
         if differing := difference(composer.full_config(asked[name]), saved):
             others.append(f"{name} ({'; '.join(differing)})")
     if others:
@@ -136,7 +135,8 @@ def submit_missing(sweep: Sweep, cluster: Cluster, names: Sequence[str]) -> None
     scores = missing_scores(sweep, plan, runs, active)
     if runs:
         cluster.check(scores)
-        cluster.submit(sweep, scores, runs, Gather(str(sweep.folder)), active)
+        with writing(sweep.folder):
+            cluster.submit(sweep, scores, runs, Gather(str(sweep.folder)), active)
     show(describe(sweep, states, scores))
 
 
@@ -163,7 +163,7 @@ def describe(sweep: Sweep, states: Mapping[str, RunState], scores: Sequence[Scor
     """One line: how many runs are finished, active, and submitted now."""
     counts = Counter(run.state for run in states.values())
     submitted = sum(counts[state] for state in UNFINISHED)
-    again = [f"{counts[s]} {s}" for s in ("failed", "dead") if counts[s]]
+    again = [f"{counts[s]} {s}" for s in ("failed", "dead", "damaged") if counts[s]]
     parts = [f"{counts[s]} {s}" for s in ("finished", "running", "queued") if counts[s]]
     parts.append(f"{submitted} submitted" + (f" ({', '.join(again)} before)" if again else ""))
     if submitted and scores:

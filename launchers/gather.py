@@ -9,7 +9,7 @@ from typing import Any
 from rich.table import Table
 
 from launchers.queues import queue
-from launchers.sweep import Sweep, by_output
+from launchers.sweep import Sweep, by_output, writing
 from mrpo_lab.console import plain_text, text_table
 from mrpo_lab.runs.reading import finished
 from mrpo_lab.storage.files import write_whole
@@ -33,11 +33,12 @@ def gather(sweep: Sweep) -> Table:
         # A run that has finished since its state was read keeps the state that was read.
         result = (finished(sweep.outputs / name) or {}) if run.state == "finished" else {}
         numbers = {key: result.get(key) for key in NUMBERS}
-        error = run.record.error if run.record and run.state == "failed" else None
+        error = run.record.error if run.record and run.state == "failed" else run.damage or None
         rows.append({"run": name, "state": run.state, **numbers, "error": error})
-    write_whole(sweep.folder / "summary.json", (json.dumps(rows, indent=1) + "\n").encode())
     table = summary_table(rows)
-    write_whole(sweep.folder / "summary.txt", (plain_text(table) + "\n").encode())
+    with writing(sweep.folder):
+        write_whole(sweep.folder / "summary.json", (json.dumps(rows, indent=1) + "\n").encode())
+        write_whole(sweep.folder / "summary.txt", (plain_text(table) + "\n").encode())
     return table
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launchers.composing import compose
+from launchers.composing import compose, digest
 from launchers.gather import gather
 from launchers.scores import write_scored_marker
 from launchers.sweep import Record, Sweep
@@ -104,18 +104,32 @@ def run_task(task: Task, interruption: Interruption) -> None:
             from mrpo_lab.experiment import score_reference
 
             for key, run in task.runs.items():
-                cfg, _ = compose(Path(task.sweep) / run["conf"], run["overrides"])
+                cfg, _ = compose(unchanged(Path(task.sweep) / run["conf"]), run["overrides"])
                 write_scored_marker(key, task.slug, score_reference(cfg, task.slug))
         case Train():
             from mrpo_lab.experiment import run_experiment
 
-            cfg, name = compose(Path(task.sweep) / task.conf, task.overrides)
+            cfg, name = compose(unchanged(Path(task.sweep) / task.conf), task.overrides)
             assert name == task.name, f"{task.name} was asked for, its configuration is of {name}"
             run_experiment(cfg, name, interruption)
         case Gather():
             print(plain_text(gather(Sweep(Path(task.sweep)))), flush=True)
         case _:
             raise TypeError(f"no job performs a task of kind {task.kind}")
+
+
+def unchanged(conf: Path) -> Path:
+    """``conf``, a folder of configuration files that is called by their digest.
+
+    Raises:
+        UserError: a file is missing or has changed.
+    """
+    if digest(conf) != conf.name:
+        raise UserError(
+            f"{conf}: its files have changed since the sweep was dispatched: delete it and give "
+            "the sweep's command again"
+        )
+    return conf
 
 
 def new_record(title: str) -> Record:

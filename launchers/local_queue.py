@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from launchers.sweep import ActiveJob, Record
-from launchers.tasks import read_tasks
+from launchers.tasks import known_tasks
+from mrpo_lab.errors import UserError
 from mrpo_lab.storage.files import is_locked
 
 LOCK = ".supervisor"
@@ -23,7 +25,7 @@ def queue(outputs: Path) -> list[ActiveJob]:
         array = lock.parent
         if not is_active(array):
             continue
-        for index, _ in enumerate(read_tasks(array / "tasks.json")):
+        for index, _ in enumerate(known_tasks(array)):
             record = Record.read(array / f"{index}.json")
             if record is None:
                 active.append(ActiveJob(array, index, "", "queued"))
@@ -38,9 +40,16 @@ def is_active(array: Path) -> bool:
 
 
 def cancel(jobs: Sequence[ActiveJob]) -> None:
-    """Stop the arrays that the jobs belong to, as a whole, and wait until they have stopped."""
+    """Stop the arrays that the jobs belong to, as a whole, and wait until they have stopped.
+
+    Raises:
+        UserError: the file with the process id of a supervisor is damaged.
+    """
     arrays = {job.array for job in jobs}
     for array in arrays:
-        os.kill(int((array / LOCK).read_text()), signal.SIGTERM)
+        written = (array / LOCK).read_text()
+        if not re.fullmatch(r"\d+\n", written):
+            raise UserError(f"{array / LOCK}: it should hold the process id of a supervisor")
+        os.kill(int(written), signal.SIGTERM)
     while any(is_active(array) for array in arrays):
         time.sleep(0.1)

@@ -14,8 +14,8 @@ its ``result.json``; whether a job is active, from the cluster; why it failed, f
 
 from __future__ import annotations
 
-import json
 import secrets
+import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,15 +25,17 @@ from typing import Any
 
 from filelock import FileLock
 
-from launchers.tasks import Task, read_tasks, write_tasks
+from launchers.tasks import Task, known_tasks, write_tasks
 from mrpo_lab.errors import UserError
-from mrpo_lab.runs.reading import finished
-from mrpo_lab.storage.files import is_locked, write_whole
+from mrpo_lab.runs.damage import CHECKSUM, DamagedError, read_json, write_json
+from mrpo_lab.runs.reading import RunView
+from mrpo_lab.storage.files import is_locked
 
-STATES = ("finished", "running", "queued", "failed", "dead", "new")
+STATES = ("finished", "running", "queued", "failed", "dead", "damaged", "new")
 """States of a run. ``failed`` ended with an error; ``dead`` was killed or cancelled, or saved
-itself and was not started again; ``new`` was never submitted."""
-UNFINISHED = ("failed", "dead", "new")
+itself and was not started again; ``damaged`` was finished, but a file of it is not as it was;
+``new`` was never submitted."""
+UNFINISHED = ("failed", "dead", "damaged", "new")
 """States of runs that are submitted when their sweep is dispatched again."""
 
 
@@ -59,7 +61,8 @@ class Record:
 
     title: str
     state: str
-    """running, done, failed, cancelled, or left (saved a checkpoint, to go on later)."""
+    """running, done, failed, cancelled, left (saved a checkpoint, to go on later), or unreadable
+    (its file is damaged)."""
     job: str
     host: str
     gpus: str
@@ -73,12 +76,18 @@ class Record:
     traceback: str = ""
 
     def write(self, file: Path) -> None:
-        write_whole(file, json.dumps(asdict(self), indent=2).encode())
+        write_json(file, asdict(self), bound=True)
 
     @classmethod
     def read(cls, file: Path) -> Record | None:
         """The record in ``file``; None if the task has not begun."""
-        return cls(**json.loads(file.read_text())) if file.exists() else None
+        try:
+            content = read_json(file, bound=True)
+            return cls(**_without_checksum(content)) if content else None
+        except DamagedError as error:
+            return cls("", "unreadable", "", "", "", 0, 0.0, "", error=f"record {error}")
+        except TypeError:
+            return cls("", "unreadable", "", "", "", 0, 0.0, "", error=f"{file}: not a record")
 
 
 @dataclass
@@ -102,6 +111,8 @@ class RunState:
     """One of ``STATES``."""
     record: Record | None = None
     job: str = ""
+    damage: str = ""
+    """What is wrong with the files of a run that was finished."""
 
 
 @dataclass(frozen=True)
@@ -125,11 +136,22 @@ class Sweep:
 
     @property
     def plan(self) -> Plan:
+        """What ``plan.json`` says.
+
+        Raises:
+            DamagedError: the file is damaged, or is that of another sweep.
+        """
         file = self.folder / "plan.json"
-        return Plan(**json.loads(file.read_text())) if file.exists() else Plan()
+        advice = "delete it and give the sweep's command again; its runs stay"
+        try:
+            return Plan(**_without_checksum(read_json(file, advice, bound=True)))
+        except TypeError as error:
+            raise DamagedError(file, "it is not the plan of a sweep", advice) from error
 
     def write_plan(self, plan: Plan) -> None:
-        write_whole(self.folder / "plan.json", json.dumps(asdict(plan), indent=1).encode())
+        for draft in self.folder.glob(".plan.json.*.tmp"):  # of a process that was killed
+            draft.unlink(missing_ok=True)
+        write_json(self.folder / "plan.json", asdict(plan), bound=True)
 
     @property
     def arrays(self) -> list[Path]:
@@ -145,14 +167,18 @@ class Sweep:
         uid = f"{cluster}-{time.time_ns() // 1000:x}{secrets.token_hex(2)}"
         folder = self.folder / "jobs" / uid
         folder.mkdir(parents=True)
-        write_tasks(folder / "tasks.json", tasks)
+        try:
+            write_tasks(folder / "tasks.json", tasks)
+        except OSError:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
         return folder
 
     def last_records(self) -> dict[str, Record | None]:
         """The last record of every task that was ever submitted, by the task's title."""
         records: dict[str, Record | None] = {}
         for array in self.arrays:
-            for index, task in enumerate(read_tasks(array / "tasks.json")):
+            for index, task in enumerate(known_tasks(array)):
                 records[task.title] = Record.read(array / f"{index}.json")
         return records
 
@@ -172,8 +198,8 @@ class Sweep:
     def _run_state(
         self, name: str, job: ActiveJob | None, records: Mapping[str, Record | None]
     ) -> RunState:
-        record = records.get(name)
-        if finished(self.outputs / name):
+        record, run = records.get(name), RunView(self.outputs / name)
+        if not run.damage and run.result:
             return RunState("finished", record)
         if job:
             begun = Record.read(job.array / f"{job.index}.json")
@@ -182,9 +208,31 @@ class Sweep:
                 return RunState(state, begun, job.job)
         if is_locked(self.outputs / name / ".lock"):
             return RunState("running", None, "started by hand")
+        if run.damage:
+            return RunState("damaged", record, damage=run.damage)
         if record is not None:
             return RunState("failed" if record.state == "failed" else "dead", record)
         return RunState("dead" if name in records else "new")
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Turn an error while writing the folder of a sweep into one that says what to do.
+
+    Raises:
+        UserError: the disk is full, or the folder cannot be written for another reason.
+    """
+    try:
+        yield
+    except OSError as error:
+        for draft in folder.glob("conf/.*.tmp"):
+            shutil.rmtree(draft, ignore_errors=True)
+        # shutil.copytree collects the errors of its files, and has no errno of its own.
+        reason = error.strerror or str(error.args[0][0][-1] if error.args else error)
+        raise UserError(
+            f"outputs: cannot write {folder}: {reason}; the same command goes on once it can be "
+            "written"
+        ) from error
 
 
 @contextmanager
@@ -195,12 +243,14 @@ def dispatch_lock(outputs: Path) -> Iterator[None]:
         UserError: the folder cannot be written.
     """
     folder = outputs / "sweeps"
-    try:
+    with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"outputs: cannot write {folder}: {error.strerror}") from error
-    with FileLock(folder / ".lock"):
+        lock = FileLock(folder / ".lock")
+        lock.acquire()
+    try:
         yield
+    finally:
+        lock.release()
 
 
 def find_sweeps(outputs: Path) -> list[Sweep]:
@@ -211,10 +261,14 @@ def find_sweeps(outputs: Path) -> list[Sweep]:
 
 def by_output(active: Iterable[ActiveJob]) -> dict[str, ActiveJob]:
     """Map every output that an active job will produce to the job."""
-    tasks: dict[Path, list[Task]] = {}
+    jobs = list(active)
+    tasks = {array: known_tasks(array) for array in {job.array for job in jobs}}
     found = {}
-    for job in active:
-        if job.array not in tasks:
-            tasks[job.array] = read_tasks(job.array / "tasks.json")
-        found.update(dict.fromkeys(tasks[job.array][job.index].outputs, job))
+    for job in jobs:
+        for task in tasks[job.array][job.index : job.index + 1]:  # none if the file is damaged
+            found.update(dict.fromkeys(task.outputs, job))
     return found
+
+
+def _without_checksum(content: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in content.items() if key != CHECKSUM}

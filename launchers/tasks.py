@@ -5,13 +5,16 @@ A task only says what is to be done; ``launchers/job.py`` does it.
 
 from __future__ import annotations
 
-import json
+import logging
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
-from mrpo_lab.storage.files import write_whole
+from mrpo_lab.runs.damage import DamagedError, read_json, write_json
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -97,11 +100,36 @@ KINDS: dict[str, type[Task]] = {cls.kind: cls for cls in (Score, Train, Gather)}
 
 def write_tasks(file: Path, tasks: Iterable[Task]) -> None:
     """Write the tasks of one array; a task's index is its place in the list."""
-    content = {"tasks": [{"kind": task.kind, **asdict(task)} for task in tasks]}
-    write_whole(file, json.dumps(content, indent=1).encode())
+    write_json(file, {"tasks": [{"kind": task.kind, **asdict(task)} for task in tasks]}, bound=True)
 
 
 def read_tasks(file: Path) -> list[Task]:
-    """Read what ``write_tasks`` wrote."""
-    tasks = json.loads(file.read_text())["tasks"]
-    return [KINDS[task.pop("kind")](**task) for task in tasks]
+    """Read what ``write_tasks`` wrote.
+
+    Raises:
+        DamagedError: the file is missing or damaged, or was written for another array.
+    """
+    advice = f"its jobs are not known any more; delete {file.parent}"
+    content = read_json(file, advice, bound=True)
+    try:
+        return [KINDS[task["kind"]](**_without_kind(task)) for task in content["tasks"]]
+    except (KeyError, TypeError) as error:
+        raise DamagedError(file, "it does not list tasks", advice) from error
+
+
+def known_tasks(array: Path) -> list[Task]:
+    """Tasks of the array in a folder; empty if its file is damaged, which is said once."""
+    try:
+        return read_tasks(array / "tasks.json")
+    except DamagedError as error:
+        _warn(str(error))
+        return []
+
+
+@cache
+def _warn(message: str) -> None:
+    logger.warning("%s", message)
+
+
+def _without_kind(task: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in task.items() if key != "kind"}

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from launchers.queues import cancel, queue
 from launchers.sweep import STATES, ActiveJob, Record, RunState, Sweep, by_output
-from launchers.tasks import read_tasks
+from launchers.tasks import known_tasks
 from mrpo_lab.console import show
 from mrpo_lab.wording import format_count, format_duration
 
@@ -22,7 +22,7 @@ INTERVAL = 2.0
 """Seconds between two looks at a sweep that is watched."""
 MOST_RUNNING = 12
 """Running runs that are listed by name; the others are counted."""
-STYLES = {"failed": "red", "dead": "red", "finished": "green", "running": "cyan"}
+STYLES = {"failed": "red", "dead": "red", "damaged": "red", "finished": "green", "running": "cyan"}
 """Colors of states on a terminal."""
 
 
@@ -106,10 +106,10 @@ def scoring_lines(sweep: Sweep, active: Sequence[ActiveJob]) -> list[str]:
     """References that are being scored, and those whose scoring failed."""
     lines, titles = [], set()
     for job in active:
-        task = read_tasks(job.array / "tasks.json")[job.index]
-        if task.kind == "score":
-            titles.add(task.title)
-            lines.append(f"  {job.state:<8} {task.title}")
+        for task in known_tasks(job.array)[job.index : job.index + 1]:
+            if task.kind == "score":
+                titles.add(task.title)
+                lines.append(f"  {job.state:<8} {task.title}")
     for title, record in sweep.last_records().items():
         if not title.startswith("score ") or title in titles:
             continue
@@ -145,11 +145,11 @@ def hold_lines(active: Sequence[ActiveJob]) -> list[str]:
 
 
 def failure_lines(sweep: Sweep, states: Mapping[str, RunState]) -> list[str]:
-    """Runs that failed or died, grouped by the reason."""
+    """Runs that failed, died or are damaged, grouped by the reason."""
     by_reason: dict[str, list[str]] = defaultdict(list)
     records = sweep.last_records()
     for name, run in states.items():
-        if run.state in ("failed", "dead"):
+        if run.state in ("failed", "dead", "damaged"):
             by_reason[failure_reason(sweep, name, run, records)].append(name)
     lines = []
     for reason, names in by_reason.items():
@@ -165,14 +165,16 @@ def failure_lines(sweep: Sweep, states: Mapping[str, RunState]) -> list[str]:
 def failure_reason(
     sweep: Sweep, name: str, run: RunState, records: Mapping[str, Record | None]
 ) -> str:
-    """Why a failed or dead run is not finished, in one line."""
+    """Why a failed, dead or damaged run is not finished, in one line."""
+    if run.damage:
+        return run.damage
     record = run.record
     if record is None:
         plan = sweep.plan
         slugs = dict.fromkeys(plan.scores[key]["slug"] for key in plan.runs[name]["scores"])
         failed = [s for s in slugs if (r := records.get(f"score {s}")) and r.state == "failed"]
         return f"dead: scoring {', '.join(failed)} failed" if failed else "dead before it began"
-    if run.state == "failed" or record.state == "cancelled":
+    if run.state == "failed" or record.state in ("cancelled", "unreadable"):
         return f"{run.state}: {record.error}"
     if record.state == "left":
         return "dead: saved itself and was not started again"

@@ -56,10 +56,11 @@ def run_experiment(
     """
     resolved = configs.check(cfg)
     run = Run.open(Path(cfg.outputs), name, resolved)
-    run.check_inputs()
-    if run.result:
-        print_summary(run.folder, run.result)
-        return run.result
+    finished = run.finished()
+    run.check_inputs(finished=finished is not None)
+    if finished is not None:
+        print_summary(run.folder, finished)
+        return finished
     workers = Workers.start()
     with run.locked() if workers.is_main else nullcontext():
         run.inputs = local_inputs(resolved) if workers.is_main else {}

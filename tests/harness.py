@@ -16,7 +16,6 @@ from typing import Any
 from unittest import mock
 
 import hydra
-import pyarrow.parquet as pq
 import pytest
 import torch
 from hydra.core.global_hydra import GlobalHydra
@@ -163,8 +162,9 @@ def metrics(folder: Path) -> list[dict[str, float]]:
 
 
 def result(folder: Path) -> dict[str, Any]:
-    """``result.json`` without what depends on the clock and the machine."""
-    costs = ("wall_seconds", "pairs_per_second", "setup_seconds", "peak_memory_gib")
+    """``result.json`` without what depends on the clock and the machine, checksums included."""
+    costs = ["wall_seconds", "pairs_per_second", "setup_seconds", "peak_memory_gib"]
+    costs += ["files", "checksum"]
     return {k: v for k, v in read_json(folder / "result.json").items() if k not in costs}
 
 
@@ -183,9 +183,16 @@ def assert_same(one: Path, other: Path) -> None:
     """All that a run leaves behind and that no clock decides."""
     assert metrics(one) == metrics(other)
     assert result(one) == result(other)
-    assert pq.read_table(one / "alpha.parquet").equals(pq.read_table(other / "alpha.parquet"))
-    left, right = (next((run / "adapter").glob("*.safetensors")) for run in (one, other))
-    assert left.read_bytes() == right.read_bytes()
+    ours, theirs = (
+        {
+            path.relative_to(run): path.read_bytes()
+            for path in [*run.glob("*.parquet"), *run.glob("adapter/**/*")]
+            if path.is_file()
+        }
+        for run in (one, other)
+    )
+    assert ours.keys() == theirs.keys()
+    assert [path for path in ours if ours[path] != theirs[path]] == []
     left, right = (run / "checkpoint" / "state.safetensors" for run in (one, other))
     states = [checkpoint.load_state(path) for path in (left, right)]
     for key in ("optimizer", "scheduler", "weighting", "lambda", "trainable"):

@@ -91,7 +91,7 @@ class TestStudy:
             status != "finished" for status in study.table["status"]
         ]
 
-    def test_messages(self, tmp_path: Path) -> None:
+    def test_messages(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
         with pytest.raises(UserError, match="nothere: no such folder"):
             mrpo_lab.open_study(tmp_path / "nothere")
         with pytest.raises(UserError, match="no runs; a run is a folder with config"):
@@ -100,11 +100,15 @@ class TestStudy:
             mrpo_lab.open_run(tmp_path)
         folder = make_run(tmp_path)
         (folder / "result.json").write_text('{"status": "fin')
-        with pytest.raises(UserError, match=r"result\.json: damaged"):
-            _ = mrpo_lab.open_study(tmp_path).table
-        (folder / "config.yaml").write_text("loss: 3\n")
-        with pytest.raises(UserError, match=r"its config\.yaml is not one of this project"):
-            _ = mrpo_lab.open_study(tmp_path).table
+        make_run(tmp_path, seed=1)
+        for said in (r"result.json: damaged", "its config.yaml is not one of this project"):
+            caplog.clear()
+            assert list(mrpo_lab.open_study(tmp_path).table["status"]) == ["damaged", "finished"]
+            (line,) = caplog.messages
+            assert line.startswith(str(folder))
+            assert said in line
+            (folder / "result.json").unlink(missing_ok=True)
+            (folder / "config.yaml").write_text("loss: 3\n")
 
 
 class TestRun:

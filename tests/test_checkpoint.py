@@ -133,6 +133,30 @@ def test_every_truncation_is_refused_by_name(tmp_path: Path) -> None:
         assert message.endswith("delete it to start this run over")
 
 
+def test_flipped_bit_anywhere_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "state.safetensors"
+    state = {"w": torch.ones(3), "rest": [torch.zeros(2, dtype=torch.bool), None, "ü", 1e-7]}
+    save_state(path, state)
+    whole = path.read_bytes()
+    for place in range(len(whole)):
+        content = bytearray(whole)
+        content[place] ^= 1 << place % 8
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=r"damaged \("):
+            load_state(path)
+
+
+def test_file_of_an_earlier_version_is_read_and_said_to_be_unverified(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "state.safetensors"
+    metadata = {"state": '{"dict": [["w", {"tensor": "000000"}]]}'}
+    save_file({"000000": torch.ones(3)}, path, metadata=metadata)
+    with caplog.at_level("INFO"):
+        assert load_state(path)["w"].tolist() == [1.0] * 3
+    assert caplog.messages == [f"{path} is of an earlier version, without a checksum: unverified"]
+
+
 @pytest.mark.parametrize(
     "metadata",
     [

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from mrpo_lab.cli import exit_on_user_error, path_argument
 from mrpo_lab.console import show
 from mrpo_lab.progress import quiet_libraries
+from mrpo_lab.runs.folder import add_described_file
 from mrpo_lab.runs.trade_off import trade_off_table, write_trade_off
 
 
@@ -42,6 +43,7 @@ def main(arguments: Sequence[str]) -> int:
     rows = merged_trade_off(conditioned, single)
     file = given.conditioned / "trade_off_compared.parquet"
     write_trade_off(file, rows)
+    add_described_file(given.conditioned, file.name)
     show(trade_off_table(rows, ["pairwise", "spearman", "ndcg"]))
     print(file)
     return 0

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
 import torch
 from jaxtyping import Float
 from omegaconf import OmegaConf
@@ -42,16 +41,18 @@ class FinishedRun:
         """Open the run in ``folder``.
 
         Raises:
-            UserError: there is no run, or it is not finished, not on lists, or has no adapter.
+            UserError: there is no run, or it is not finished, not on lists, or has no adapter; or
+                a file is damaged.
         """
         run = open_run(folder)
         if run.result is None:
             raise UserError(f"{folder}: this run is not finished")
-        if not (folder / "trade_off.parquet").exists():
+        table = run.table("trade_off.parquet")
+        if table is None:
             raise UserError(f"{folder}: this run is not on lists with several aspects")
-        if not (folder / "adapter" / "adapter_config.json").exists():
+        if run.adapter is None or not (run.adapter / "adapter_config.json").exists():
             raise UserError(f"{folder}: no adapter to merge: this run trained all weights")
-        rows = pq.read_table(folder / "trade_off.parquet").to_pylist()
+        rows = [{str(key): value for key, value in row.items()} for row in table.to_dict("records")]
         return cls(folder, run.config, run.result, rows)
 
     @property

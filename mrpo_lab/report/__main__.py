@@ -93,7 +93,11 @@ def report(arguments: argparse.Namespace) -> int:
         if study.unreadable:
             counts["unreadable"] = len(study.unreadable)
         statuses = ", ".join(f"{number} {status}" for status, number in counts.items())
+        if unverified := sum(not record.verified for record in study.records.values()):
+            statuses += f", {unverified} of them of an earlier version, without checksums"
         print(f"{page}: {statuses} ({time.monotonic() - began:.1f} s)", flush=True)
+        for record in study.unreadable:
+            print(f"unreadable: {record.source}: {record.problem}", flush=True)
         if arguments.watch is None:
             return 0
         time.sleep(max(0.0, arguments.watch - (time.monotonic() - began)))

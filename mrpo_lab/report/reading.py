@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import yaml
 
-from mrpo_lab.errors import first_line
+from mrpo_lab.errors import UserError, first_line
 from mrpo_lab.runs.reading import RunView
 from mrpo_lab.wording import format_duration
 
@@ -42,6 +41,8 @@ class RunRecord:
     """Runs on lists only: the trade-off, with merged policies if there are any."""
     problem: str = ""
     """Why the run is not finished, in one line."""
+    verified: bool = True
+    """False for a finished run of an earlier version, whose files have no checksums."""
 
     @property
     def steps(self) -> int:
@@ -58,16 +59,17 @@ def read_run(folder: Path, now: float | None = None) -> RunRecord:
     """Read the record of one run folder; if it is damaged, the status is ``unreadable``."""
     try:
         return _read(folder, time.time() if now is None else now)
-    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError) as error:
-        problem = f"cannot be read: {first_line(error)}"
+    except (UserError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        problem = first_line(error) if isinstance(error, UserError) else f"damaged: {error!r}"
         return RunRecord("/".join(folder.parts[-5:]), str(folder), "unreadable", problem=problem)
 
 
 def _read(folder: Path, now: float) -> RunRecord:
     run = RunView(folder)
+    run.check(contents=False)
     written = (folder / name for name in ("config.yaml", "metrics.jsonl"))
-    last = max(path.stat().st_mtime for path in written if path.exists())
-    return make_record(
+    last = max((path.stat().st_mtime for path in written if path.exists()), default=0.0)
+    record = make_record(
         run.name,
         str(folder),
         run.config,
@@ -78,6 +80,7 @@ def _read(folder: Path, now: float) -> RunRecord:
         run.trade_off,
         silent_for=now - last,
     )
+    return replace(record, verified=run.result is None or run.files is not None)
 
 
 def make_record(

@@ -104,7 +104,7 @@ def build_study(
             continue
         try:
             chosen[record.source] = run_choice(record.config, record.name)
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
+        except (LookupError, TypeError, AttributeError, ValueError) as error:
             problem = f"its config.yaml is not one of this project: {error!r}"
             unreadable.append(RunRecord(record.name, record.source, "unreadable", problem=problem))
     by_source = {record.source: record for record in records if record.source in chosen}

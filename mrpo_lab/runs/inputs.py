@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from mrpo_lab.runs.reading import RunView
+from mrpo_lab.runs.reading import read_sessions
 from mrpo_lab.storage.contents import tree_hash
 from mrpo_lab.storage.files import local_path
 
@@ -30,7 +30,7 @@ def changed_inputs(folder: Path, config: Mapping[str, Any]) -> list[str]:
     Empty for runs that were written before their inputs were recorded. Files that do not exist any
     more count as unchanged: the result can still be looked at.
     """
-    sessions = RunView(folder).sessions
+    sessions = read_sessions(folder)
     recorded = sessions[-1].get("inputs", {}) if sessions else {}
     if not recorded:
         return []

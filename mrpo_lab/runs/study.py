@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,6 +16,8 @@ from mrpo_lab.storage.files import local_path
 
 if TYPE_CHECKING:
     import pandas as pd
+
+logger = logging.getLogger(__name__)
 
 ACCURACIES = {
     "base_val": "base/val_accuracy",
@@ -41,18 +44,23 @@ class StudyView:
         ``folder``, and one column for every other key of the configuration in which the runs
         differ, such as ``loss.beta``, with its value as text.
 
-        Raises:
-            UserError: a run is damaged, or its configuration is not one of this project.
+        A run with a damaged file has only ``status`` (damaged) and its folder; the file is logged.
         """
         import pandas as pd
 
-        choices = [_choice(run) for run in self.runs]
-        settings = _differing([{**c.setting, **c.parameters} for c in choices])
-        rows = [
-            {**_row(run, choice), **setting}
-            for run, choice, setting in zip(self.runs, choices, settings, strict=True)
-        ]
-        return pd.DataFrame(rows)
+        rows: list[dict[str, Any]] = []
+        settings: list[dict[str, str] | None] = []
+        for run in self.runs:
+            try:
+                choice = _choice(run)
+                rows.append(_row(run, choice))
+                settings.append({**choice.setting, **choice.parameters})
+            except UserError as error:
+                logger.warning("%s", error)
+                rows.append({"run": run.folder.name, "status": "damaged", "folder": run.folder})
+                settings.append(None)
+        found = zip(rows, _differing(settings), strict=True)
+        return pd.DataFrame([{**row, **setting} for row, setting in found])
 
 
 def open_study(folder: str | Path) -> StudyView:
@@ -70,19 +78,16 @@ def open_study(folder: str | Path) -> StudyView:
 def _choice(run: RunView) -> RunChoice:
     try:
         return run_choice(run.config, run.name)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
         raise UserError(f"{run.folder}: its config.yaml is not one of this project") from error
 
 
 def _row(run: RunView, choice: RunChoice) -> dict[str, Any]:
-    try:
-        outcome = run.outcome
-    except ValueError as error:
-        raise UserError(f"{run.folder / 'result.json'}: damaged: {error}") from error
+    run.check(contents=False)
     result = run.result or {}
     return {
         "run": run.name,
-        "status": outcome.get("status", "unfinished"),
+        "status": run.outcome.get("status", "unfinished"),
         "dataset": choice.dataset,
         "model": choice.model,
         "loss": choice.loss,
@@ -96,8 +101,10 @@ def _row(run: RunView, choice: RunChoice) -> dict[str, Any]:
     }
 
 
-def _differing(settings: Sequence[dict[str, str]]) -> list[dict[str, str | None]]:
-    """The settings without the keys that are alike in all of them."""
-    keys = sorted({key for setting in settings for key in setting})
-    kept = [key for key in keys if len({setting.get(key) for setting in settings}) > 1]
-    return [{key: setting.get(key) for key in kept} for setting in settings]
+def _differing(settings: Sequence[dict[str, str] | None]) -> list[dict[str, str | None]]:
+    """The settings without the keys that are alike in all of them; None stands for a run whose
+    settings are not known."""
+    known = [setting for setting in settings if setting is not None]
+    keys = sorted({key for setting in known for key in setting})
+    kept = [key for key in keys if len({setting.get(key) for setting in known}) > 1]
+    return [{key: (setting or {}).get(key) for key in kept} for setting in settings]

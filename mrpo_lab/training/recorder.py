@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import traceback
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -11,10 +12,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mrpo_lab.data.ids import text_ids
-from mrpo_lab.errors import UserError
+from mrpo_lab.errors import UserError, first_line
 from mrpo_lab.models.policy import Policy
 from mrpo_lab.objective.losses import PreferenceLoss
 from mrpo_lab.objective.scores import Scores
+from mrpo_lab.runs.damage import with_checksum
 from mrpo_lab.runs.folder import Run
 from mrpo_lab.runs.test_pairs import reference_weights, write_test_pairs
 from mrpo_lab.runs.tracking import Tracker
@@ -22,6 +24,8 @@ from mrpo_lab.runs.trade_off import write_trade_off
 from mrpo_lab.storage.files import replacing_folder
 from mrpo_lab.training.inputs import Data
 from mrpo_lab.training.state import LoopState
+
+logger = logging.getLogger(__name__)
 
 
 class Recorder:
@@ -36,16 +40,17 @@ class Recorder:
         self.run, self._tracker = run, tracker
         self._resolved, self._active = resolved, active
 
-    def start(self, last_step: int) -> None:
-        """Open the run's files and its tracker; metrics after ``last_step`` are forgotten.
+    def start(self, past: bytes) -> None:
+        """Open the run's files and its tracker.
 
-        ``last_step`` is the step of the checkpoint that the run resumes from, -1 without one.
+        Args:
+            past: what ``metrics.jsonl`` held when the checkpoint was written from which the run
+                goes on; later lines are forgotten. Empty for a run that begins.
         """
         if self._active:
-            self.run.begin()
-            past = self.run.rewind(last_step)
+            lines = self.run.begin(past)
             with self.run.writing():  # W&B keeps its files in the folder too
-                self._tracker.start(self.run.folder, self.run.name, self._resolved, past)
+                self._tracker.start(self.run.folder, self.run.name, self._resolved, lines)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Add one line to ``metrics.jsonl`` and to the tracker."""
@@ -88,7 +93,11 @@ class Recorder:
     ) -> None:
         """Save what was trained, then ``result.json``, which marks the run as finished.
 
-        ``target``: how much each reply of the test split is to be preferred.
+        The tracker comes before that: a run that is killed in between goes on from its last
+        checkpoint, and is mirrored again.
+
+        Args:
+            target: how much each reply of the test split is to be preferred.
         """
         if not self._active:
             return
@@ -114,6 +123,11 @@ class Recorder:
             )
             if trade_off:
                 write_trade_off(self.run.folder / "trade_off.parquet", trade_off)
-        self.run.finish(result)
+        self.run.write_alpha(data.slugs)  # as far as the metrics, wherever an earlier session died
         with self.run.writing():
+            result = with_checksum({**result, "files": self.run.describe_files()})
+        try:
             self._tracker.finish(result)
+        except Exception as error:  # whatever a tracker raises, the run itself is finished
+            logger.warning("tracker: it lacks the end of this run: %s", first_line(error))
+        self.run.finish(result)

@@ -30,7 +30,7 @@ from mrpo_lab.training.interruption import Interruption
 from mrpo_lab.training.metrics import batch_metrics
 from mrpo_lab.training.recorder import Recorder
 from mrpo_lab.training.schedule import learning_rate_factor
-from mrpo_lab.training.state import LoopState
+from mrpo_lab.training.state import LoopState, check_state
 from mrpo_lab.training.state_file import load_state, save_state
 from mrpo_lab.training.workers import Workers
 
@@ -95,8 +95,7 @@ class Trainer:
                 num_val=len(self.data.val),
             )
         )
-        resumed = self.restore()
-        self.recorder.start(self.state.step if resumed else -1)
+        self.recorder.start(self.restore())
         self.workers.wait()
 
     def fit(self) -> None:
@@ -309,13 +308,15 @@ class Trainer:
     def save(self) -> None:
         """Write the checkpoint: everything that must survive, in one file."""
         if self.workers.is_main:
+            metrics = self.recorder.run.flush_metrics()
             with self.recorder.run.writing():
-                save_state(self.recorder.run.checkpoint, self.state_dict())
+                save_state(self.recorder.run.checkpoint, {**self.state_dict(), "metrics": metrics})
         self.recorder.write_alpha(self.data.slugs)
         self.workers.wait()
 
     def state_dict(self) -> dict[str, Any]:
         return {
+            "run": self.recorder.run.config,
             "data": self.data.fingerprint,
             "loop": asdict(self.state),
             "trainable": self.policy.trainable,
@@ -325,31 +326,41 @@ class Trainer:
             "lambda": self.sampler.state_dict(),
         }
 
-    def restore(self) -> bool:
-        """Continue from the run's checkpoint; False if it has none.
+    def restore(self) -> bytes:
+        """Continue from the run's checkpoint if it has one.
+
+        Returns:
+            What ``metrics.jsonl`` held when the checkpoint was written; empty without one.
 
         Raises:
-            UserError: the checkpoint is damaged or was trained on other data.
+            UserError: the checkpoint is damaged or of another run, was trained on other data, or is
+                not that of the metrics.
         """
-        checkpoint = self.recorder.run.checkpoint
-        if not checkpoint.exists():
-            return False
-        state = load_state(checkpoint)
+        run = self.recorder.run
+        if not run.checkpoint.exists():
+            return b""
+        state, trainable = load_state(run.checkpoint), self.policy.trainable
+        try:
+            check_state(state, run.config, trainable, len(self.data.slugs), self.total_steps)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            why = str(error) if isinstance(error, ValueError) else f"damaged ({error!r})"
+            raise UserError(f"{run.checkpoint}: {why}: delete it to start this run over") from error
         if state["data"] != self.data.fingerprint:
             raise UserError(
-                f"{checkpoint} was trained on other data than {self.recorder.run.name} has now: "
+                f"{run.checkpoint} was trained on other data than {run.name} has now: "
                 "delete its folder to start over"
             )
         with torch.no_grad():
-            for name, parameter in self.policy.trainable.items():
+            for name, parameter in trainable.items():
                 parameter.copy_(state["trainable"][name])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scheduler.load_state_dict(state["scheduler"])
         try:
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.scheduler.load_state_dict(state["scheduler"])
             self.weighting.load_state_dict(state["weighting"])
             self.sampler.load_state_dict(state["lambda"])
         except ValueError as error:
-            raise UserError(f"{checkpoint}: {error}") from error
+            raise UserError(f"{run.checkpoint}: {error}") from error
         self.state = LoopState(**state["loop"])
+        past = run.metrics_until(self.state.step, state.get("metrics"))
         logger.info("resuming after step %d of %d", self.state.step, self.total_steps)
-        return True
+        return past
