@@ -80,7 +80,9 @@ def score_reference(cfg: DictConfig, slug: str) -> int:
     """
     configs.check(cfg)
     experiment = Experiment.build(cfg, Workers.start())
-    with named("tracker"):  # the runs that wait for these scores would be refused
+    with named(
+        "tracker", type(experiment.tracker)
+    ):  # the runs that wait for these scores would be refused
         experiment.tracker.check()
     alone = replace(experiment.references, use=[slug])
     prepared = experiment.prepare(alone.members)
@@ -139,7 +141,7 @@ class Experiment:
     def train(self, recorder: Recorder, interruption: Interruption | None = None) -> dict[str, Any]:
         """Prepare the data, score the references, train the policy, and record the result."""
         began = time.monotonic()
-        with named("tracker"):
+        with named("tracker", type(self.tracker)):
             self.tracker.check()
         prepared = self.prepare()
         if self.threads is not None:  # only from here on: building tiny7 uses all cores
@@ -234,11 +236,11 @@ class Experiment:
             UserError: a setting does not fit; names its section.
         """
         num_val, labels = len(prepared.splits["val"]), prepared.labels
-        with named("weighting"):
+        with named("weighting", type(self.weighting)):
             self.weighting.check(self.references.slugs, num_val)
-        with named("lambda"):
+        with named("lambda", type(self.sampler)):
             self.sampler.check(labels.aspects, num_val)
-        with named("loss.link"):
+        with named("loss.link", self.loss.link):
             self.loss.check(labels.targets.shape[-1])
         self.tokens(prepared).check()
 
@@ -293,12 +295,12 @@ class Experiment:
 
 
 @contextmanager
-def named(section: str) -> Iterator[None]:
-    """Prefix a ValueError with the section of the configuration, as a UserError."""
+def named(section: str, function: Any) -> Iterator[None]:
+    """Give a ValueError about the arguments of ``function`` its full key, as a UserError."""
     try:
         yield
     except ValueError as error:
-        raise UserError(f"{section}: {error}") from error
+        raise UserError(configs.named(section, function, str(error))) from error
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from report_runs import make_run
 
 from launchers.__main__ import parser
 from mrpo_lab import configs
-from mrpo_lab.cli import named_seed
+from mrpo_lab.command import named_seed
 from mrpo_lab.data.dataset import Dataset
 from mrpo_lab.data.rows import read_rows
 from mrpo_lab.merging import __main__ as merging

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mrpo_lab.data.ids import text_ids
 from mrpo_lab.errors import UserError
+from mrpo_lab.redaction import redact
 from mrpo_lab.models.policy import Policy
 from mrpo_lab.objective.losses import PreferenceLoss
 from mrpo_lab.objective.scores import Scores
@@ -64,12 +65,12 @@ class Recorder:
         interrupted = isinstance(error, KeyboardInterrupt)
         failure = {
             "status": "interrupted" if interrupted else "failed",
-            "error": str(error) or type(error).__name__,
+            "error": redact(str(error) or type(error).__name__),
             "steps": state.step,
             "wall_seconds": round(state.seconds, 3),
         }
         if not isinstance(error, (UserError, KeyboardInterrupt)):
-            failure["traceback"] = "".join(traceback.format_exception(error))
+            failure["traceback"] = redact("".join(traceback.format_exception(error)))
         if self._active:
             with suppress(UserError):  # the disk may be full, which is then why the run fails
                 self.run.finish(failure)
