@@ -24,7 +24,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 
 from mrpo_lab.cli import fail, near, unreadable
 from mrpo_lab.composition import open_hydra, without_hydra
-from mrpo_lab.errors import UserError
+from mrpo_lab.errors import UserError, first_line
 from mrpo_lab.progress import quiet_libraries
 
 Task = Callable[[DictConfig], float]
@@ -51,7 +51,10 @@ def run_cli(task: Task, conf: Path) -> None:
         act(sys.argv[1:], task, conf)
     except ShownError:
         sys.exit(2)
-    except (UserError, HydraException, OmegaConfBaseException) as error:
+    except UserError as error:
+        fail(str(error))
+        sys.exit(2)
+    except (HydraException, OmegaConfBaseException) as error:
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
         fail(explain(error))
@@ -118,7 +121,7 @@ def parse(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> argparse
     Raises:
         UserError: an option is unknown or lacks a value, or an argument is no ``key=value``.
     """
-    parser.exit_on_error = False
+    parser.exit_on_error = parser.allow_abbrev = False
     try:
         args, unknown = parser.parse_known_args(arguments)
     except argparse.ArgumentError as error:
@@ -134,6 +137,8 @@ def parse(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> argparse
         raise UserError("choose one of --run, --multirun, --cfg and --info")
     args.overrides = [named_seed(override) for override in args.overrides]
     for override in args.overrides:
+        if not override.lstrip("+~").partition("=")[0].strip():
+            raise UserError(f"{override!r}: expected key=value")
         if "=" not in override and not override.startswith("~"):
             raise UserError(f"{override}: cannot be read as key=value: {quoting_advice(override)}")
     return args
@@ -144,8 +149,8 @@ def option_advice(option: str, parser: argparse.ArgumentParser) -> str:
     key, _, value = option.lstrip("-").partition("=")
     if not re.fullmatch(r"[\w./]+", key):
         return f"{option}: no such option; settings are written as key=value"
-    known = [text for action in parser._actions for text in action.option_strings]
-    close = difflib.get_close_matches(option.partition("=")[0], known, n=1)
+    known = [a.option_strings[0] for a in parser._actions if a.option_strings]
+    close = difflib.get_close_matches(option.partition("=")[0], known, n=1, cutoff=0.8)
     guess = f", did you mean {close[0]}?" if close else ""
     setting = f"{key}={value or 'VALUE'}"
     return f"{option}: no such option{guess}; settings have no dashes, as in {setting}"
@@ -171,10 +176,8 @@ def named_seed(argument: str) -> str:
 
 
 def explain(error: Exception) -> str:
-    """One line for an error about the configuration."""
+    """One line for an error that Hydra or OmegaConf raised about the configuration."""
     cause = error.__cause__
-    if isinstance(error, UserError):
-        return str(error)
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         return unknown_option(str(error.missing_cfg_file), error.options or ())
     if isinstance(error, OverrideParseException):
@@ -186,9 +189,12 @@ def explain(error: Exception) -> str:
             f"{ambiguous[1]}: several values; to run each of them, begin with -m; "
             f"if it is one value, {quoting_advice(ambiguous[1])}"
         )
-    lines = [line.strip() for line in (str(error) or str(cause)).splitlines()]
-    kept = [line for line in lines if line and not line.startswith(("full_key", "object_type"))]
-    return " ".join(dict.fromkeys(kept))
+    if isinstance(error, OmegaConfBaseException):
+        return f"{error.full_key}: {first_line(error)}"
+    lines = [line.strip() for line in str(error).splitlines()]
+    if cause is not None:
+        lines.append(first_line(cause))
+    return " ".join(dict.fromkeys(line for line in lines if line))
 
 
 def unknown_option(file: str, options: Sequence[str]) -> str:

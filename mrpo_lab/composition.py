@@ -104,9 +104,11 @@ class CheckedLoader(ConfigLoaderImpl):
     def _check(self, cfg: DictConfig) -> None:
         tree = OmegaConf.to_container(cfg, resolve=False)
         assert isinstance(tree, dict)
-        problems = [*_unsafe(tree, ""), *_hydra_problems(tree["hydra"], "")]
-        if problems:
-            raise UserError("; ".join(dict.fromkeys(problems)))
+        hydra = tree.pop("hydra")
+        # Hydra's section repeats what the command line has, also values of runs yet to be composed.
+        texts = [*_unsafe(tree, "")] or [*_unsafe(hydra, "hydra")][:1]
+        if problems := [*texts, *_hydra_problems(hydra, "")]:
+            raise UserError("; ".join(problems))
 
     def _offer_seeds(self, overrides: Sequence[str]) -> None:
         """Give ``seed`` an option for each number that is asked for and has no file."""

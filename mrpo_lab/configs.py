@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import is_dataclass
-from functools import partial
+from functools import cache, partial
 from types import MappingProxyType
 from typing import Annotated, Any, Literal, get_type_hints
 
@@ -117,11 +117,10 @@ def build(cfg: DictConfig, key: str) -> Any:
         UserError: there is no such node, its constructor refused a value, or what it builds is not
             what ``key`` needs; names the key.
     """
-    node = OmegaConf.to_container(cfg, resolve=True)
-    assert isinstance(node, dict)
-    if "_target_" not in (node.get(key) or {}):
+    node = cfg.get(key)
+    if not isinstance(node, DictConfig) or "_target_" not in node:
         raise UserError(f"{key}: nothing is chosen, give {key}=OPTION")
-    return _build(node[key], key)
+    return _build(OmegaConf.to_container(node, resolve=True), key)
 
 
 def _build(node: Any, path: str) -> Any:
@@ -313,9 +312,8 @@ def _holds_a_node(value: Any) -> bool:
 
 def _type_problem(hint: Any, value: Any) -> str | None:
     """Describe why a value is not of type ``hint``; None if it is."""
-    try:
-        adapter = TypeAdapter(hint, config=ConfigDict(strict=True, arbitrary_types_allowed=True))
-    except Exception:  # no pydantic schema: a hint for objects, which YAML cannot hold
+    adapter = _adapter(hint)
+    if adapter is None:
         return None
     try:
         # In strict mode only JSON arrays fit both lists and tuples; YAML has no tuples.
@@ -330,3 +328,12 @@ def _type_problem(hint: Any, value: Any) -> str | None:
             return "expected text, got None"
         return f"{problem['msg']}, got {value!r}"
     return None
+
+
+@cache
+def _adapter(hint: Any) -> TypeAdapter[Any] | None:
+    """What checks values against a type hint; None if it is for objects, which YAML cannot hold."""
+    try:
+        return TypeAdapter(hint, config=ConfigDict(strict=True, arbitrary_types_allowed=True))
+    except Exception:  # pydantic has no schema for it
+        return None

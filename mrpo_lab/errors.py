@@ -10,4 +10,6 @@ class UserError(Exception):
 
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, or the error's class if it has none."""
-    return str(error).strip().partition("\n")[0].rstrip() or type(error).__name__
+    line = str(error).strip().partition("\n")[0].rstrip() or type(error).__name__
+    # What OmegaConf puts before the message of an error in a resolver.
+    return line.removeprefix("UserError raised while resolving interpolation: ")

@@ -16,7 +16,7 @@ SECRET = re.compile(
     | (?<=://)[^\s/@:]*:[^\s/@]+(?=@)                  # https://user:password@host
     | (?<![^\W_])(?:password|passwd|secret|token|api_?key|access_?key)["']?\s*[=:]\s*
       (?!["']?(?:[$<\s]|null\b|None\b|true\b|false\b|$))\S+
-    | (?<!revision=)(?<!revision:\ )(?<!commit=)(?<!commit:\ )
+    | (?<!revision[=:])(?<!revision[=:]["'\ ])(?<!commit[=:])(?<!commit[=:]["'\ ])
       (?<![\w/.@-])[0-9a-f]{40}(?![\w/.@-])            # W&B; after revision= it is a commit
     """,
     re.VERBOSE | re.IGNORECASE,

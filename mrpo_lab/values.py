@@ -45,6 +45,6 @@ def unsafe_text(text: str, path: str) -> Iterator[str]:
     key = path.rpartition(".")[2]
     if holds_secret(f"{key}={text}" if key == "revision" else text):
         yield (
-            f"{path}: looks like a key or a password, which would be stored with the run: set "
+            f"{path} looks like a key or a password, which would be stored with the run: set "
             "HF_TOKEN or WANDB_API_KEY in the environment instead"
         )

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from mrpo_lab.data.ids import text_ids
 from mrpo_lab.errors import UserError
-from mrpo_lab.redaction import redact
 from mrpo_lab.models.policy import Policy
 from mrpo_lab.objective.losses import PreferenceLoss
 from mrpo_lab.objective.scores import Scores
+from mrpo_lab.redaction import redact
 from mrpo_lab.runs.folder import Run
 from mrpo_lab.runs.test_pairs import reference_weights, write_test_pairs
 from mrpo_lab.runs.tracking import Tracker
