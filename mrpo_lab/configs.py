@@ -93,6 +93,8 @@ def check(cfg: DictConfig) -> dict[str, Any]:
             ``_target_``, and values that ``mrpo_lab.values`` refuses.
     """
     use_public_names(cfg)
+    if not isinstance(cfg.get("protocol", {}), DictConfig | dict | None):
+        raise UserError(f"protocol: expected batch_size and probe_size, got {cfg.protocol}")
     try:
         missing = sorted(OmegaConf.missing_keys(cfg))
         tree = OmegaConf.to_container(cfg, resolve=True)

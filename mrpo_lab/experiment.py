@@ -18,7 +18,7 @@ from omegaconf import DictConfig
 from mrpo_lab import configs
 from mrpo_lab.data.dataset import Dataset, Prepared, describe
 from mrpo_lab.data.texts import Item, byte_lengths
-from mrpo_lab.errors import UserError
+from mrpo_lab.errors import UserError, first_line
 from mrpo_lab.models.policy import PolicyConfig
 from mrpo_lab.models.references import Reference, ReferenceScores, ReferenceSet
 from mrpo_lab.objective.aspect_weighting import LambdaSampler
@@ -111,10 +111,7 @@ class Experiment:
     threads: int | None
 
     def __post_init__(self) -> None:
-        try:  # an optimizer checks its settings when it is given parameters
-            self.optimizer([torch.nn.Parameter(torch.zeros(1))])
-        except ValueError as error:
-            raise UserError(f"optimizer: {error}") from error
+        check_optimizer(self.optimizer)
 
     @classmethod
     def build(cls, cfg: DictConfig, workers: Workers) -> Experiment:
@@ -292,6 +289,18 @@ class Experiment:
             policy_tokens=torch.from_numpy(policy.astype(np.int64)),
             bytes=torch.from_numpy(byte_lengths(prepared.items)),
         )
+
+
+def check_optimizer(optimizer: Callable[..., torch.optim.Optimizer]) -> None:
+    """Check the settings of an optimizer, which it only does when it is given parameters.
+
+    Raises:
+        UserError: one is out of range.
+    """
+    try:
+        optimizer([torch.nn.Parameter(torch.zeros(1))])
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise UserError(f"optimizer: {first_line(error)}") from error
 
 
 @contextmanager
