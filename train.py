@@ -2,19 +2,15 @@
 
 from pathlib import Path
 
-import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from mrpo_lab.cli import fail, run_cli
-from mrpo_lab.errors import UserError
+from mrpo_lab.command import run_cli
 from mrpo_lab.runs.naming import run_name
 
-CONF = str(Path(__file__).parent / "conf")
+CONF = Path(__file__).parent / "conf"
 
 
-@hydra.main(version_base="1.3", config_path=CONF, config_name="config")
 def train(cfg: DictConfig) -> float:
     """Run one configuration and return its validation accuracy, which an optimizing sweeper reads.
 
@@ -25,15 +21,9 @@ def train(cfg: DictConfig) -> float:
     hydra_config = HydraConfig.get()
     overrides = OmegaConf.to_container(hydra_config.overrides.task, resolve=False)
     assert isinstance(overrides, list)
-    try:
-        name = run_name(str(cfg.get("name")), hydra_config.runtime.choices, overrides)
-        return float(run_experiment(cfg, name)["val/accuracy"])
-    except UserError as error:
-        fail(str(error))
-        if hydra_config.mode == RunMode.RUN:
-            raise SystemExit(2) from error
-        raise
+    name = run_name(str(cfg.get("name")), hydra_config.runtime.choices, overrides)
+    return float(run_experiment(cfg, name)["val/accuracy"])
 
 
 if __name__ == "__main__":
-    run_cli(train)
+    run_cli(train, CONF)

@@ -6,8 +6,7 @@ only sweeps need is therefore imported in the methods.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hydra.core.utils import JobReturn
@@ -16,19 +15,7 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
-from mrpo_lab.cli import fail
-from mrpo_lab.errors import UserError
 from mrpo_lab.storage.files import local_path
-
-
-@contextmanager
-def print_user_error() -> Iterator[None]:
-    """Print a ``UserError`` and raise it again; ``run_cli`` then only sets the exit code."""
-    try:
-        yield
-    except UserError as error:
-        fail(str(error))
-        raise
 
 
 class GridSweeper(Sweeper):
@@ -50,8 +37,7 @@ class GridSweeper(Sweeper):
     def sweep(self, arguments: list[str]) -> Any:
         from launchers.grid import expand
 
-        with print_user_error():
-            runs = expand(self.grids, arguments, self.loader)
+        runs = expand(self.grids, arguments, self.loader)
         returned = self.chosen_launcher.launch(runs, 0)
         for run in returned:
             _ = run.return_value  # raises what the run raised
@@ -80,14 +66,13 @@ class _DispatchLauncher(Launcher):
         config = self.config
         profile = OmegaConf.to_container(OmegaConf.create(self.profile), resolve=True)
         assert isinstance(profile, dict)
-        with print_user_error():
-            launch(
-                name=str(config.hydra.runtime.choices.get("sweep") or config.name),
-                outputs=local_path(config.outputs),
-                overrides=[list(overrides) for overrides in job_overrides],
-                composer=Composer(self.loader, config),
-                profile={str(key): value for key, value in profile.items()},
-            )
+        launch(
+            name=str(config.hydra.runtime.choices.get("sweep") or config.name),
+            outputs=local_path(config.outputs),
+            overrides=[list(overrides) for overrides in job_overrides],
+            composer=Composer(self.loader, config),
+            profile={str(key): value for key, value in profile.items()},
+        )
         return []
 
 

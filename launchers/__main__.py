@@ -86,7 +86,7 @@ def stop(args: argparse.Namespace) -> int:
 
 
 def logs(args: argparse.Namespace) -> int:
-    print(show_log(find_sweeps(args.outputs), args.run, args.lines))
+    show(show_log(find_sweeps(args.outputs), args.run, args.lines))
     return 0
 
 

@@ -14,14 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import hydra
 from hydra.core.config_loader import ConfigLoader
-from hydra.core.global_hydra import GlobalHydra
 from hydra.core.object_type import ObjectType
 from hydra.errors import MissingConfigException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from mrpo_lab.composition import SEED, open_hydra, without_hydra
 from mrpo_lab.errors import UserError
 from mrpo_lab.runs.naming import run_name
 
@@ -126,15 +125,13 @@ class Composer:
 
     def _refuse_unknown_option(self, group: str, option: str) -> None:
         options = self._options_of(group)
-        if option not in options:
+        if option not in options and not (group == "seed" and SEED.fullmatch(option)):
             raise MissingConfigException(f"{group}={option}", f"{group}/{option}", options)
 
 
 def compose(conf: Path, overrides: Sequence[str]) -> tuple[DictConfig, str]:
     """Compose one run from the configuration folder ``conf``; its configuration and its name."""
-    GlobalHydra.instance().clear()
-    with hydra.initialize_config_dir(str(conf.resolve()), version_base="1.3"):
-        cfg = hydra.compose("config", overrides=list(overrides), return_hydra_config=True)
+    cfg = open_hydra(conf).compose_config("config", list(overrides), RunMode.RUN, from_shell=False)
     name = run_name(str(cfg.name), cfg.hydra.runtime.choices, list(overrides))
     return without_hydra(cfg), name
 
@@ -145,13 +142,6 @@ def digest(folder: Path) -> str:
     for file in sorted(folder.rglob("*.yaml")):
         content.update(f"{file.relative_to(folder)}\0".encode() + file.read_bytes() + b"\0")
     return content.hexdigest()[:12]
-
-
-def without_hydra(cfg: DictConfig) -> DictConfig:
-    """A copy of ``cfg`` without Hydra's own section."""
-    kept = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
-    assert isinstance(kept, DictConfig)
-    return kept
 
 
 def _resolved(cfg: DictConfig, section: str) -> Any:

@@ -20,8 +20,9 @@ from launchers.scores import write_scored_marker
 from launchers.sweep import Record, Sweep
 from launchers.tasks import Gather, Score, Task, Train, read_tasks
 from mrpo_lab.console import plain_text
-from mrpo_lab.errors import UserError
+from mrpo_lab.errors import UserError, first_line
 from mrpo_lab.progress import quiet_libraries
+from mrpo_lab.redaction import redact
 from mrpo_lab.runs.provenance import cluster_job
 from mrpo_lab.training.interruption import Interruption, nothing
 
@@ -74,8 +75,8 @@ def perform(array: Path, index: int, leave: Callable[[], None]) -> None:
     def update_record(state: str, error: BaseException | None = None) -> None:
         record.state, record.ended = state, time.time() if state != "running" else None
         if error is not None:
-            record.error = (str(error) or type(error).__name__).splitlines()[0]
-            record.traceback = traceback.format_exc()
+            record.error = redact(first_line(error))
+            record.traceback = redact(traceback.format_exc())
         if is_main:
             record.write(file)
 

@@ -15,7 +15,7 @@ from rich.text import Text
 from launchers.queues import cancel, queue
 from launchers.sweep import STATES, ActiveJob, Record, RunState, Sweep, by_output
 from launchers.tasks import known_tasks
-from mrpo_lab.console import show
+from mrpo_lab.console import TerminalConsole, show
 from mrpo_lab.wording import format_count, format_duration
 
 INTERVAL = 2.0
@@ -37,7 +37,7 @@ def watch(sweep: Sweep, cancel_on_interrupt: bool = False) -> bool:
     Returns:
         Whether all runs are finished.
     """
-    live = Live(auto_refresh=False) if sys.stdout.isatty() else None
+    live = Live(console=TerminalConsole(), auto_refresh=False) if sys.stdout.isatty() else None
     printed = ""
     try:
         with live or nullcontext():
@@ -49,7 +49,7 @@ def watch(sweep: Sweep, cancel_on_interrupt: bool = False) -> bool:
                 if live:
                     live.update(styled(lines), refresh=True)
                 elif counts != printed:
-                    print(lines[0], flush=True)
+                    show(lines[0])
                     printed = counts
                 if not active:
                     break

@@ -4,26 +4,23 @@ from __future__ import annotations
 
 import inspect
 import json
-import math
+import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import is_dataclass
+from functools import cache, partial
 from types import MappingProxyType
 from typing import Annotated, Any, Literal, get_type_hints
 
-from hydra.errors import InstantiationException
-from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 import mrpo_lab
 from mrpo_lab.errors import UserError, first_line
+from mrpo_lab.targets import find, public_name
+from mrpo_lab.values import unusable
 
-ALLOWED = ("mrpo_lab.", "torch.optim.", "bitsandbytes.optim.")
-"""Packages that a ``_target_`` may name: a configuration must not be able to run anything else."""
-MAGNITUDES = (1e-30, 1e30)
-"""Magnitudes that a number other than 0 may have, so that float32 can hold what is made of it."""
-MAX_INTEGER = 2**63 - 1
 SETTINGS: dict[str, Any] = {
     "name": str,
     "outputs": str,
@@ -31,12 +28,31 @@ SETTINGS: dict[str, Any] = {
     "kernels": Literal["auto", "off"],
     "protocol.batch_size": Annotated[int, Field(ge=1)],
     "protocol.probe_size": Annotated[int, Field(ge=1)],
+    "optimizer.lr": Annotated[float, Field(ge=0)],
 }
-"""Types of the keys that belong to no node with a ``_target_``."""
+"""Types of the keys that belong to no node with a ``_target_``, and of those that need a narrower
+one than the signature of their node has."""
+REQUIRED = ("name", "outputs", "threads", "optimizer.lr")
+"""Those of ``SETTINGS`` without which no run can begin."""
+SECTIONS = (
+    "seed",
+    "dataset",
+    "reference_set",
+    "model",
+    "loss",
+    "weighting",
+    "lambda",
+    "optimizer",
+    "train",
+    "tracker",
+)
+"""The nodes that an experiment is built from."""
+RESERVED = {"_target_", "_partial_"}
+"""Keys of a node that are not arguments."""
 ABSENT = object()
 """Stands for a key that a configuration does not have."""
-REQUIRED = ("name", "outputs", "threads")
-"""Those of ``SETTINGS`` without which no run can begin."""
+TRUST = "MRPO_LAB_TRUST_REMOTE_CODE"
+"""Environment variable without which ``trust_remote_code: true`` is refused."""
 LORA_RANGES: dict[str, Any] = {
     "r": Annotated[int, Field(ge=1)],
     "lora_alpha": Annotated[float, Field(gt=0)],
@@ -44,7 +60,6 @@ LORA_RANGES: dict[str, Any] = {
     "init_lora_weights": bool | str,
 }
 """Hints in place of peft's own, which say less than what peft refuses, or more."""
-RESERVED = {"_target_", "_partial_", "_convert_", "_recursive_", "_args_"}
 
 
 def use_public_names(cfg: DictConfig | ListConfig) -> None:
@@ -62,9 +77,7 @@ def use_public_names(cfg: DictConfig | ListConfig) -> None:
         if isinstance(cfg[key], (DictConfig, ListConfig)):
             use_public_names(cfg[key])
         elif key == "_target_":
-            path = str(cfg[key]).split(".")
-            if path[0] == "mrpo_lab" and path[-1] in mrpo_lab.__all__:
-                cfg[key] = f"mrpo_lab.{path[-1]}"
+            cfg[key] = public_name(str(cfg[key]))
         elif key == "kernels" and cfg[key] is False:
             cfg[key] = "off"
 
@@ -75,11 +88,13 @@ def check(cfg: DictConfig) -> dict[str, Any]:
     Targets of this project are renamed to public ones in ``cfg`` itself.
 
     Raises:
-        UserError: names all problems in one line: missing values, a ``_target_`` outside
-            ``ALLOWED``, keys or types that do not fit the signature of a ``_target_``, numbers that
-            are not finite, empty texts.
+        UserError: names all problems in one line: missing values, a ``_target_`` that
+            ``mrpo_lab.targets`` does not allow, keys or types that do not fit the signature of a
+            ``_target_``, and values that ``mrpo_lab.values`` refuses.
     """
     use_public_names(cfg)
+    if not isinstance(cfg.get("protocol", {}), DictConfig | dict | None):
+        raise UserError(f"protocol: expected batch_size and probe_size, got {cfg.protocol}")
     try:
         missing = sorted(OmegaConf.missing_keys(cfg))
         tree = OmegaConf.to_container(cfg, resolve=True)
@@ -88,7 +103,7 @@ def check(cfg: DictConfig) -> dict[str, Any]:
     if missing:
         raise UserError("; ".join(f"{key}: required, give {key}=VALUE" for key in missing))
     assert isinstance(tree, dict)
-    problems = [*_outside_nodes(tree), *_unusable(tree, ""), *_problems(tree, "")]
+    problems = [*_outside_nodes(tree), *unusable(tree), *_problems(tree, "")]
     if problems:
         first: dict[str, str] = {}  # one problem for each key
         for problem in problems:
@@ -97,32 +112,100 @@ def check(cfg: DictConfig) -> dict[str, Any]:
     return {str(key): value for key, value in tree.items()}
 
 
-def build(cfg: DictConfig, key: str, *args: Any, **kwargs: Any) -> Any:
-    """Instantiate the node ``key``, with plain lists and dicts as arguments.
+def build(cfg: DictConfig, key: str) -> Any:
+    """Build the object that the node ``key`` describes, and those below it.
 
     Raises:
-        UserError: there is no such node, or its constructor refused a value; names the key.
+        UserError: there is no such node, its constructor refused a value, or what it builds is not
+            what ``key`` needs; names the key.
     """
-    if "_target_" not in cfg.get(key, {}):
+    node = cfg.get(key)
+    if not isinstance(node, DictConfig) or "_target_" not in node:
         raise UserError(f"{key}: nothing is chosen, give {key}=OPTION")
+    return _build(OmegaConf.to_container(node, resolve=True), key)
+
+
+def _build(node: Any, path: str) -> Any:
+    if isinstance(node, list):
+        return [_build(child, f"{path}.{number}") for number, child in enumerate(node)]
+    if not isinstance(node, dict):
+        return node
+    built = {key: _build(child, f"{path}.{key}") for key, child in node.items()}
+    if "_target_" not in built:
+        return built
+    target, is_partial = built.pop("_target_"), built.pop("_partial_", False)
     try:
-        return instantiate(cfg[key], *args, _convert_="all", **kwargs)
-    except InstantiationException as error:
-        cause = error.__cause__
-        if isinstance(cause, (ValueError, TypeError, UserError)):
-            where = _full_key(error) or key
-            raise UserError(f"{where}: {first_line(cause)}") from error
-        raise
+        function = find(target)
+        value = partial(function, **built) if is_partial else function(**built)
+        _refuse_misplaced(value, target, path)
+    except (ValueError, TypeError, UserError) as error:
+        raise UserError(named(path, function, first_line(error))) from error
+    return value
 
 
-def _full_key(error: InstantiationException) -> str:
-    """The node's key, which Hydra puts on a line of its own below the message."""
-    lines = [line for line in str(error).splitlines() if line.startswith("full_key: ")]
-    return lines[-1].removeprefix("full_key: ") if lines else ""
+def named(path: str, function: Any, message: str) -> str:
+    """``message``, raised by ``function``, with the full key that it is about.
+
+    A message that begins with a parameter of ``function`` is about that key below ``path``.
+    """
+    word = re.match(r"\w+", message)
+    if word and word[0] in inspect.signature(function).parameters:
+        return f"{path}.{message}"
+    return f"{path}: {message}"
+
+
+def _refuse_misplaced(value: Any, target: str, path: str) -> None:
+    """Refuse an object or function that is not of the kind that belongs at ``path``.
+
+    Raises:
+        ValueError: says what belongs there.
+    """
+    from mrpo_lab.data.dataset import Dataset
+    from mrpo_lab.objective.aspect_weighting import LambdaSampler
+    from mrpo_lab.objective.losses import Combination, Link
+    from mrpo_lab.runs.tracking import Tracker
+
+    kinds = {
+        "seed": mrpo_lab.Seeds,
+        "dataset": Dataset,
+        "reference_set": mrpo_lab.ReferenceSet,
+        "model": mrpo_lab.PolicyConfig,
+        "loss": mrpo_lab.PreferenceLoss,
+        "weighting": mrpo_lab.Weighting,
+        "lambda": LambdaSampler,
+        "train": mrpo_lab.TrainConfig,
+        "tracker": Tracker,
+    }
+    if path in kinds and not isinstance(value, kinds[path]):
+        raise ValueError(f"{target} is no {kinds[path].__name__}")
+    calls: dict[str, Any] = {
+        "loss.combine": Combination.__call__,
+        "loss.link": Link.__call__,
+        "loss.clip": lambda _, refs: refs,
+        "optimizer": lambda _, parameters: parameters,
+    }
+    if path in calls:
+        _, *parameters = inspect.signature(calls[path]).parameters.values()
+        by_name = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
+        try:
+            positional = [None] * (len(parameters) - len(by_name))
+            inspect.signature(value).bind(*positional, **dict.fromkeys(by_name))
+        except TypeError as error:
+            takes = ", ".join(p.name for p in parameters)
+            raise ValueError(
+                f"{target} cannot be called with {takes}: {error}; _partial_: true leaves them open"
+            ) from error
 
 
 def _outside_nodes(tree: Mapping[Any, Any]) -> Iterator[str]:
-    """Yield the problems of ``SETTINGS``."""
+    """Yield the problems of ``SETTINGS``, sections that are not chosen, and other keys."""
+    known = (*SECTIONS, *(key.partition(".")[0] for key in SETTINGS))
+    for key in tree:
+        if key not in known:
+            yield f"{key}: unknown; the sections are {', '.join(dict.fromkeys(known))}"
+    for key in SECTIONS:
+        if not isinstance(tree.get(key), dict) or "_target_" not in tree[key]:
+            yield f"{key}: nothing is chosen, give {key}=OPTION"
     for key, hint in SETTINGS.items():
         value: Any = tree
         for part in key.split("."):
@@ -134,22 +217,6 @@ def _outside_nodes(tree: Mapping[Any, Any]) -> Iterator[str]:
             yield f"{key}: {problem}"
 
 
-def _unusable(node: Any, path: str) -> Iterator[str]:
-    """Yield values that no setting can have: empty texts, and numbers that are not finite or whose
-    magnitude is outside ``MAGNITUDES``."""
-    if isinstance(node, (dict, list)):
-        for key, child in node.items() if isinstance(node, dict) else enumerate(node):
-            yield from _unusable(child, f"{path}.{key}".lstrip("."))
-    elif isinstance(node, str) and not node.strip():
-        yield f"{path}: expected text, got {node!r}" + ("; null means none" if "." in path else "")
-    elif isinstance(node, float) and not math.isfinite(node):
-        yield f"{path}: expected a finite number, got {node}"
-    elif isinstance(node, float) and node and not MAGNITUDES[0] <= abs(node) <= MAGNITUDES[1]:
-        yield f"{path}: expected a number between 1e-30 and 1e30 in magnitude, or 0, got {node}"
-    elif isinstance(node, int) and abs(node) > MAX_INTEGER:
-        yield f"{path}: expected a number below 2 to the power of 63, got {node}"
-
-
 def _problems(node: Any, path: str) -> Iterator[str]:
     """Yield the problems of a node and of all nodes below it."""
     if isinstance(node, list):
@@ -158,19 +225,24 @@ def _problems(node: Any, path: str) -> Iterator[str]:
         return
     for key, child in node.items():
         yield from _problems(child, f"{path}.{key}".lstrip("."))
-    target = node.get("_target_")
-    if target is None:
+    if node.get("trust_remote_code") is True and os.environ.get(TRUST) != "1":
+        yield (
+            f"{path}.trust_remote_code: runs code that comes with the model: set {TRUST}=1 in the "
+            "environment if you trust it"
+        )
+    if "_target_" not in node:
         return
-    if not str(target).startswith(ALLOWED):
-        yield f"{path}: _target_ {target} is outside the allowed packages {', '.join(ALLOWED)}"
-        return
-    given = {k: v for k, v in node.items() if k not in RESERVED}
+    target, given = str(node["_target_"]), {k: v for k, v in node.items() if k not in RESERVED}
+    problem = _type_problem(bool, node.get("_partial_", False))
+    if problem:
+        yield f"{path}._partial_: {problem}"
     try:
-        function = get_object(target)
-    except Exception as error:
-        yield f"{path}: _target_ {target} cannot be imported: {str(error).splitlines()[-1]}"
+        function = find(target)
+    except UserError as error:
+        yield f"{path}: {error}"
         return
-    yield from _misfits(target, function, given, path)
+    whole = not node.get("_partial_")
+    yield from _misfits(target, function, given, path, complete=whole)
     yield from _inside(function, given, path)
 
 
@@ -213,7 +285,8 @@ def _misfits(
         if key not in parameters and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
             yield f"{path}.{key}: unknown; {target} takes {', '.join(parameters) or 'no keys'}"
     for key, parameter in parameters.items() if complete else ():
-        if parameter.default is parameter.empty and key not in given:
+        varies = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+        if parameter.default is parameter.empty and not varies and key not in given:
             yield f"{path}.{key}: required"
     hints = {**_hints(function), **hints}
     for key, value in given.items():
@@ -241,9 +314,8 @@ def _holds_a_node(value: Any) -> bool:
 
 def _type_problem(hint: Any, value: Any) -> str | None:
     """Describe why a value is not of type ``hint``; None if it is."""
-    try:
-        adapter = TypeAdapter(hint, config=ConfigDict(strict=True, arbitrary_types_allowed=True))
-    except Exception:  # no pydantic schema: a hint for objects, which YAML cannot hold
+    adapter = _adapter(hint)
+    if adapter is None:
         return None
     try:
         # In strict mode only JSON arrays fit both lists and tuples; YAML has no tuples.
@@ -258,3 +330,12 @@ def _type_problem(hint: Any, value: Any) -> str | None:
             return "expected text, got None"
         return f"{problem['msg']}, got {value!r}"
     return None
+
+
+@cache
+def _adapter(hint: Any) -> TypeAdapter[Any] | None:
+    """What checks values against a type hint; None if it is for objects, which YAML cannot hold."""
+    try:
+        return TypeAdapter(hint, config=ConfigDict(strict=True, arbitrary_types_allowed=True))
+    except Exception:  # pydantic has no schema for it
+        return None

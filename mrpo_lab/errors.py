@@ -13,7 +13,7 @@ def first_line(error: BaseException) -> str:
 
     A line that ends in a colon is followed by the next one.
     """
-    lines = [line.strip() for line in str(error).strip().splitlines()]
-    if len(lines) > 1 and lines[0].endswith(":"):
-        return f"{lines[0]} {lines[1]}"
-    return lines[0] if lines else type(error).__name__
+    lines = [line.strip() for line in str(error).strip().splitlines()] or [type(error).__name__]
+    line = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    # What OmegaConf puts before the message of an error in a resolver.
+    return line.removeprefix("UserError raised while resolving interpolation: ")

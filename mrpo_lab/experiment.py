@@ -18,7 +18,7 @@ from omegaconf import DictConfig
 from mrpo_lab import configs
 from mrpo_lab.data.dataset import Dataset, Prepared, describe
 from mrpo_lab.data.texts import Item, byte_lengths
-from mrpo_lab.errors import UserError
+from mrpo_lab.errors import UserError, first_line
 from mrpo_lab.models.policy import PolicyConfig
 from mrpo_lab.models.references import Reference, ReferenceScores, ReferenceSet
 from mrpo_lab.objective.aspect_weighting import LambdaSampler
@@ -81,7 +81,9 @@ def score_reference(cfg: DictConfig, slug: str) -> int:
     """
     configs.check(cfg)
     experiment = Experiment.build(cfg, Workers.start())
-    with named("tracker"):  # the runs that wait for these scores would be refused
+    with named(
+        "tracker", type(experiment.tracker)
+    ):  # the runs that wait for these scores would be refused
         experiment.tracker.check()
     alone = replace(experiment.references, use=[slug])
     prepared = experiment.prepare(alone.members)
@@ -110,10 +112,7 @@ class Experiment:
     threads: int | None
 
     def __post_init__(self) -> None:
-        try:  # an optimizer checks its settings when it is given parameters
-            self.optimizer([torch.nn.Parameter(torch.zeros(1))])
-        except ValueError as error:
-            raise UserError(f"optimizer: {error}") from error
+        check_optimizer(self.optimizer)
 
     @classmethod
     def build(cls, cfg: DictConfig, workers: Workers) -> Experiment:
@@ -140,7 +139,7 @@ class Experiment:
     def train(self, recorder: Recorder, interruption: Interruption | None = None) -> dict[str, Any]:
         """Prepare the data, score the references, train the policy, and record the result."""
         began = time.monotonic()
-        with named("tracker"):
+        with named("tracker", type(self.tracker)):
             self.tracker.check()
         prepared = self.prepare()
         if self.threads is not None:  # only from here on: building tiny7 uses all cores
@@ -235,11 +234,11 @@ class Experiment:
             UserError: a setting does not fit; names its section.
         """
         num_val, labels = len(prepared.splits["val"]), prepared.labels
-        with named("weighting"):
+        with named("weighting", type(self.weighting)):
             self.weighting.check(self.references.slugs, num_val)
-        with named("lambda"):
+        with named("lambda", type(self.sampler)):
             self.sampler.check(labels.aspects, num_val)
-        with named("loss.link"):
+        with named("loss.link", self.loss.link):
             self.loss.check(labels.targets.shape[-1])
         self.tokens(prepared).check()
 
@@ -293,13 +292,25 @@ class Experiment:
         )
 
 
+def check_optimizer(optimizer: Callable[..., torch.optim.Optimizer]) -> None:
+    """Check the settings of an optimizer, which it only does when it is given parameters.
+
+    Raises:
+        UserError: one is out of range.
+    """
+    try:
+        optimizer([torch.nn.Parameter(torch.zeros(1))])
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise UserError(f"optimizer: {first_line(error)}") from error
+
+
 @contextmanager
-def named(section: str) -> Iterator[None]:
-    """Prefix a ValueError with the section of the configuration, as a UserError."""
+def named(section: str, function: Any) -> Iterator[None]:
+    """Give a ValueError about the arguments of ``function`` its full key, as a UserError."""
     try:
         yield
     except ValueError as error:
-        raise UserError(f"{section}: {error}") from error
+        raise UserError(configs.named(section, function, str(error))) from error
 
 
 @contextmanager

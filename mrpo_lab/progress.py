@@ -7,6 +7,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from mrpo_lab.console import PrintableRecord
+
 
 def progress(total: int, doing: str, unit: str, **options: Any) -> "tqdm[Any]":
     """A progress bar, updated five times a second in a terminal, every half minute in a log file.
@@ -27,7 +29,11 @@ def progress(total: int, doing: str, unit: str, **options: Any) -> "tqdm[Any]":
 
 
 def quiet_libraries() -> None:
-    """Silence messages that users can do nothing about. Call this before importing libraries."""
+    """Silence messages that users can do nothing about, and keep control characters out of others.
+
+    Call this before importing libraries.
+    """
+    logging.setLogRecordFactory(PrintableRecord)
     # It looks for an optional kernel on the hub when imported, and falls back to its own.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     # peft uses the name that this attribute had before transformers 5.

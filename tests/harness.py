@@ -15,10 +15,9 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import hydra
 import pytest
 import torch
-from hydra.core.global_hydra import GlobalHydra
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
@@ -26,6 +25,7 @@ from launchers.cluster import Cluster
 from launchers.composing import Composer
 from launchers.grid import expand
 from launchers.profiles import build_cluster
+from mrpo_lab.composition import open_hydra, without_hydra
 from mrpo_lab.experiment import run_experiment
 from mrpo_lab.training import state_file as checkpoint
 
@@ -51,12 +51,9 @@ class Opened:
     """The configuration folder, as a command line that begins with ``overrides`` sees it."""
 
     def __init__(self, *overrides: str) -> None:
-        GlobalHydra.instance().clear()
-        with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-            self.loader = GlobalHydra.instance().config_loader()
-            self.master = hydra.compose(
-                "config", overrides=list(overrides), return_hydra_config=True
-            )
+        hydra = open_hydra(CONF)
+        self.loader = hydra.config_loader
+        self.master = hydra.compose_config("config", list(overrides), RunMode.RUN)
         self.composer = Composer(self.loader, self.master)
 
     def runs(self, *arguments: str) -> list[list[str]]:
@@ -92,7 +89,6 @@ def train_py(*arguments: str) -> Outcome:
     out, err, code = io.StringIO(), io.StringIO(), 0
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
-    GlobalHydra.instance().clear()
     with (
         mock.patch.object(sys, "argv", ["train.py", *arguments]),
         redirect_stdout(out),
@@ -110,9 +106,8 @@ def train_py(*arguments: str) -> Outcome:
 
 def compose(*overrides: str) -> DictConfig:
     """The configuration that ``train.py OVERRIDES`` would run."""
-    GlobalHydra.instance().clear()
-    with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        return hydra.compose("config", overrides=list(overrides))
+    cfg = open_hydra(CONF).compose_config("config", list(overrides), RunMode.RUN)
+    return without_hydra(cfg)
 
 
 def experiment(outputs: Path, *overrides: str) -> Path:

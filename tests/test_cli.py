@@ -15,7 +15,7 @@ from hydra.core.plugins import Plugins
 from hydra.errors import MissingConfigException
 from transformers import AutoModelForCausalLM
 
-from mrpo_lab.cli import explain, named_seed
+from mrpo_lab.command import explain, named_seed
 from mrpo_lab.storage import cache
 from mrpo_lab.training.trainer import Trainer
 
@@ -42,7 +42,7 @@ TYPOS: dict[str, tuple[list[str], str]] = {
     "option": (["loss=mdop"], "loss=mdop: no such option, did you mean mdpo? choose from dpo, geo"),
     "experiment": (["experiment=quikstart"], "did you mean quickstart?"),
     "nested option": (["loss/link=ippo"], "loss/link=ippo: no such option, did you mean ipo?"),
-    "seed": (["seed=77"], "seed=s77: no such option"),
+    "seed": (["seed=s_7"], "seed=s_7: no such option"),
     "key": (["loss.btea=1"], "loss.btea: no such key, did you mean beta? choose from beta, clip"),
     "group": (["weihgting=vaw"], "weihgting: no such key, did you mean weighting? choose from"),
     "added key": (
@@ -56,7 +56,11 @@ TYPOS: dict[str, tuple[list[str], str]] = {
     "list": (["seed=0,1"], "seed=s0,s1: several values; to run each of them, begin with -m"),
     "taken away": (["~loss"], "loss: nothing is chosen, give loss=OPTION"),
     "null option": (["loss=null"], "options of a group are names, as in loss=mdpo"),
-    "number option": (["seed=0.5"], "options of a group are names, as in loss=mdpo"),
+    "number option": (["loss=0.5"], "options of a group are names, as in loss=mdpo"),
+    "number of a seed": (
+        ["seed=0.5"],
+        "seed=0.5: a seed is a whole number, 0 or more, as in seed=42",
+    ),
     "interpolation": (["train.epochs=${foo.bar}"], "train.epochs: Interpolation key 'foo.bar'"),
     # type
     "text for a number": (["loss.beta=abc"], "loss.beta: Input should be a valid number, got 'ab"),
@@ -69,19 +73,22 @@ TYPOS: dict[str, tuple[list[str], str]] = {
     "null for a name": (["name=null"], "name: expected text, got None"),
     "number for a folder": (["outputs=5"], "outputs: expected text, got 5"),
     # range
-    "beta": (["loss.beta=-1"], "loss: beta must be greater than 0, got -1"),
+    "beta": (["loss.beta=-1"], "loss.beta must be greater than 0, got -1"),
     "nan": (["loss.beta=nan"], "loss.beta: expected a finite number, got nan"),
-    "batch size": (["train.batch_size=0"], "train: batch_size must be at least 1, got 0"),
-    "schedule": (["train.schedule=foo"], "train: schedule must be one of constant, linear, cosin"),
-    "learning rate": (["optimizer.lr=-1"], "optimizer: Invalid learning rate: -1"),
+    "batch size": (["train.batch_size=0"], "train.batch_size must be at least 1, got 0"),
+    "schedule": (["train.schedule=foo"], "train.schedule must be one of constant, linear, cosin"),
+    "learning rate": (
+        ["optimizer.lr=-1"],
+        "optimizer.lr: Input should be greater than or equal to 0",
+    ),
     "dtype": (
         ["model.dtype=float8"],
-        "model: dtype must be one of float64, float32, bfloat16, float16",
+        "model.dtype must be one of float64, float32, bfloat16, float16",
     ),
-    "share": (["dataset.val=1.5"], "dataset: val must be a number of pairs or a share, got 1.5"),
-    "seed root": (["seed.root=-1"], "seed: root must be 0 or more, got -1"),
+    "share": (["dataset.val=1.5"], "dataset.val must be a number of pairs or a share, got 1.5"),
+    "seed root": (["seed.root=-1"], "seed.root must be 0 or more, got -1"),
     # targets: nothing outside the project's own packages and optimizers is run
-    "os.system": (["loss.link._target_=os.system"], "loss.link: _target_ os.system is outside the"),
+    "os.system": (["loss.link._target_=os.system"], "loss.link: _target_ os.system is outside of"),
     "eval": (["+train.x={_target_: builtins.eval}"], "train.x: _target_ builtins.eval is outside"),
     "in a list": (
         ["reference_set.entries=[{_target_: os.kill}]"],
@@ -90,25 +97,25 @@ TYPOS: dict[str, tuple[list[str], str]] = {
     "look-alike": (["loss._target_=mrpo_labs.x"], "loss: _target_ mrpo_labs.x is outside"),
     "absent": (
         ["loss.combine._target_=mrpo_lab.objective.losses.nope"],
-        "loss.combine: _target_ mrpo_lab.objective.losses.nope cannot be imported",
+        "loss.combine: _target_ mrpo_lab.objective.losses.nope is outside of",
     ),
     # values that do not fit one another
     "not given": (["weighting=fixed"], "weighting.weights: required, give weighting.weights=VALUE"),
     "negative": (
         ["weighting=fixed", "weighting.weights=[1,-1,1]"],
-        "weighting: weights must be fi",
+        "weighting.weights must be fi",
     ),
-    "too few": (["weighting=fixed", "weighting.weights=[1,2]"], "weighting: weights has 2 numbers"),
+    "too few": (["weighting=fixed", "weighting.weights=[1,2]"], "weighting.weights has 2 numbers"),
     "unknown reference": (
         ["reference_set.use=[nope]"],
-        "reference_set: use: no reference is called",
+        "reference_set.use: no reference is called",
     ),
     "unknown slug": (
         ["weighting=single", "weighting.slug=bob"],
-        "weighting: slug: no reference is",
+        "weighting.slug: no reference is",
     ),
-    "unknown anchor": (["reference_set.anchor=bob"], "reference_set: anchor: no entry is called"),
-    "large probe": (["weighting=tsw", "weighting.probe_size=9"], "weighting: probe_size is 9, but"),
+    "unknown anchor": (["reference_set.anchor=bob"], "reference_set.anchor: no entry is called"),
+    "large probe": (["weighting=tsw", "weighting.probe_size=9"], "weighting.probe_size is 9, but"),
     "untrainable": (
         ["model.quantization=nf4"],
         "model: quantized weights cannot be trained: set l",
@@ -259,7 +266,7 @@ def test_sweep_runs_every_combination_and_goes_on_after_a_mistake(tmp_path: Path
     outcome = train_py("-m", *TINY, *one_step, "seed=0,1", "loss.beta=-1,1")
     assert outcome.code == 2
     errors = [line for line in outcome.err.splitlines() if line.startswith("error")]
-    assert errors == ["error: loss: beta must be greater than 0, got -1"] * 2
+    assert errors == ["error: loss.beta must be greater than 0, got -1"] * 2
     done = [path.parent for path in sorted(tmp_path.rglob("result.json"))]
     assert [folder.name[:4] for folder in done] == ["s0__", "s1__"]
     configs = [(folder / "config.yaml").read_text() for folder in done]

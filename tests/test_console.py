@@ -1,6 +1,7 @@
 """What a terminal, a pipe and a calling shell get: text, exit codes, locks of files."""
 
 import io
+import logging
 from contextlib import redirect_stdout
 from pathlib import Path
 
@@ -11,9 +12,10 @@ from rich.text import Text
 from launchers.sweep import Plan, Sweep
 from launchers.tasks import Train
 from launchers.watching import show_status, watch
-from mrpo_lab.cli import exit_on_user_error
-from mrpo_lab.console import plain_text, show, text_table
+from mrpo_lab.cli import exit_on_user_error, fail
+from mrpo_lab.console import UNPRINTABLE, plain_text, printable, show, text_table
 from mrpo_lab.errors import UserError
+from mrpo_lab.progress import quiet_libraries
 from mrpo_lab.storage.files import is_locked
 from mrpo_lab.wording import format_count
 
@@ -122,3 +124,29 @@ def test_lock_of_a_file_is_seen_while_it_is_held(tmp_path: Path) -> None:
 
 def test_counts_in_words() -> None:
     assert [format_count(n, "run") for n in (0, 1, 1200)] == ["0 runs", "1 run", "1,200 runs"]
+
+
+HOSTILE = "a\x1b]0;title\x07\x1b[2Jb\u202ec\x9b31m\udc80"
+
+
+def test_names_and_texts_of_runs_cannot_control_a_terminal(
+    terminal: Terminal, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = text_table("run")
+    table.add_row(HOSTILE)
+    with redirect_stdout(terminal):
+        show(table)
+        show(HOSTILE)
+    show(HOSTILE)
+    show(table)
+    fail(HOSTILE)
+    quiet_libraries()
+    with redirect_stdout(io.StringIO()) as log:
+        handler = logging.StreamHandler(log)
+        handler.emit(logging.getLogger("x").makeRecord("x", 20, "f", 1, "%s", (HOSTILE,), None))
+    printed, error = capsys.readouterr()
+    (_, *lines) = terminal.getvalue().splitlines()  # the header of the table is bold
+    for text in (printed, error, log.getvalue(), "".join(line.strip() for line in lines)):
+        assert not UNPRINTABLE.search(text), repr(text)
+        assert "\\x1b[2Jb\\u202ec" in text
+    assert printable("tab\tnewline\n日本 é") == "tab\tnewline\n日本 é"

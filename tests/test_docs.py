@@ -3,6 +3,7 @@ hub."""
 
 import re
 import shlex
+import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -11,15 +12,13 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from harness import Opened
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
+from harness import TINY, Opened, compose, train_py
 from omegaconf import DictConfig, OmegaConf
 from report_runs import make_run
 
 from launchers.__main__ import parser
 from mrpo_lab import configs
-from mrpo_lab.cli import named_seed
+from mrpo_lab.command import named_seed
 from mrpo_lab.data.dataset import Dataset
 from mrpo_lab.data.rows import read_rows
 from mrpo_lab.merging import __main__ as merging
@@ -56,6 +55,28 @@ def test_the_pages_have_commands() -> None:
     assert len(TRAINING) >= 8
 
 
+@pytest.fixture
+def my_losses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The module of docs/extending.md, beside where the user runs."""
+    (content,) = (block for block in blocks("python") if "def arithmetic" in block)
+    (tmp_path / "my_losses.py").write_text(content)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.delitem(sys.modules, "my_losses", raising=False)
+    monkeypatch.setenv("MRPO_LAB_TARGETS", "my_losses")
+
+
+@pytest.mark.usefixtures("my_losses")
+def test_a_loss_of_ones_own_trains_without_touching_the_package(
+    tmp_path: Path, tiny7_dir: Path
+) -> None:
+    (command,) = (c for c in TRAINING if any("my_losses" in argument for argument in c))
+    outcome = train_py(*TINY, *command[1:], f"outputs={tmp_path}/out")
+    assert outcome.code == 0, outcome.err
+    assert len(list(tmp_path.rglob("result.json"))) == 1
+
+
+@pytest.mark.usefixtures("my_losses")
 @pytest.mark.parametrize("arguments", TRAINING, ids=" ".join)
 def test_training_command_composes_and_fits_its_signatures(arguments: tuple[str, ...]) -> None:
     overrides = [named_seed(argument) for argument in arguments]
@@ -69,9 +90,7 @@ def test_training_command_composes_and_fits_its_signatures(arguments: tuple[str,
         runs = opened.runs(*ours)
         assert len(runs) > 1
         overrides = runs[-1]
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf")):
-        configs.check(compose("config", overrides=overrides))
+    configs.check(compose(*overrides))
 
 
 REPORT = ["python", "-m", "mrpo_lab.report"]
@@ -188,7 +207,6 @@ class TestExtending:
 
         self.names = {
             "torch": torch,
-            "_without_unweighted": losses._without_unweighted,
             "Offline": Offline,
             "Dataset": Dataset,
             "dataclass": dataclass,

@@ -12,7 +12,7 @@ import pytest
 from harness import ROOT, TINY, read_json, train_py
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from mrpo_lab.cli import quoting_advice
+from mrpo_lab.command import quoting_advice
 from mrpo_lab.data import dataset
 from mrpo_lab.errors import UserError
 from mrpo_lab.runs.naming import check_name
@@ -45,27 +45,27 @@ VALUES: dict[str, list[str]] = {
     "reference_set.entries.0.slug: expected text, got None": entry("slug: null, path: a/b"),
     "reference_set.entries.0.slug: expected text, got ''": entry("slug: '', path: a/b"),
     "reference_set.entries.0.slug: required": entry("path: a/b"),
-    "reference_set: entries[0]: slug: step": entry("slug: step, path: a/b"),
-    "reference_set: entries[0]: slug: undecided_pairs": entry("slug: undecided_pairs, path: a/b"),
-    "reference_set: entries[0]: slug must be text": entry('slug: " a", path: a/b'),
+    "reference_set.entries[0]: slug: step": entry("slug: step, path: a/b"),
+    "reference_set.entries[0]: slug: undecided_pairs": entry("slug: undecided_pairs, path: a/b"),
+    "reference_set.entries[0]: slug must be text": entry('slug: " a", path: a/b'),
     "reference_set.entries.0.path: ": entry("slug: a, path: 7"),
     "reference_set.entries.0.template: ": entry("slug: a, path: a/b, template: 5"),
     "reference_set.entries.0.trust_remote_code: ": entry(
         "slug: a, path: a/b, trust_remote_code: 'no'"
     ),
     "reference_set.entries.0.pth: unknown": entry("slug: a, pth: a/b"),
-    "reference_set: use: each reference counts once": ["reference_set.use=[tiny-qwen2,tiny-qwen2]"],
+    "reference_set.use: each reference counts once": ["reference_set.use=[tiny-qwen2,tiny-qwen2]"],
     "model.lora.r: ": ["model.lora={r: 0}"],
     "model.lora.lora_dropout: ": ["model.lora={r: 4, lora_dropout: 1.5}"],
     "model.lora.lora_alpha: expected a finite": ["model.lora={r: 4, lora_alpha: nan}"],
     "model.lora.use_rslora: ": ["model.lora={r: 4, use_rslora: 'no'}"],
     "model.path: expected text, got ''": ["model.path=''"],
-    "train: sample_tokens": ["train.samples=1", "train.sample_tokens=0"],
+    "train.sample_tokens": ["train.samples=1", "train.sample_tokens=0"],
     "dataset.train: expected a finite number": ["dataset.train=nan"],
     "dataset.val: expected a finite number": ["dataset.val=inf"],
-    "dataset: pool_seed": ["dataset.pool_seed=-1"],
-    "dataset: pool_seed must": ["dataset.pool_seed=4294967296"],
-    "dataset: data_seed": ["dataset.data_seed=-1"],
+    "dataset.pool_seed": ["dataset.pool_seed=-1"],
+    "dataset.pool_seed must": ["dataset.pool_seed=4294967296"],
+    "dataset.data_seed": ["dataset.data_seed=-1"],
     "loss.beta: expected a finite number": ["loss.beta=inf"],
     "loss.beta: expected a number between": ["loss.beta=1e308"],
     "optimizer.lr: ": ["optimizer.lr=inf"],
@@ -74,10 +74,10 @@ VALUES: dict[str, list[str]] = {
     "weighting.prior: ": ["weighting=tsw", "weighting.prior=inf"],
     "weighting.weights.0: ": ["weighting=fixed", "weighting.weights=[1e308,1e308,1]"],
     "seed.root: ": ["seed.root=99999999999999999999"],
-    "tracker: project: ": ["tracker=wandb", "tracker.project=team/proj"],
-    "tracker: tags: ": ["tracker=wandb", f"tracker.tags=[{'x' * 80}]"],
-    "tracker: entity: ": ["tracker=wandb", "tracker.entity=a/b"],
-    "tracker.entity: ": ["tracker=wandb", "tracker.entity="],
+    "tracker.project: ": ["tracker=wandb", "tracker.project=team/proj"],
+    "tracker.tags: ": ["tracker=wandb", f"tracker.tags=[{'x' * 80}]"],
+    "tracker.entity: ": ["tracker=wandb", "tracker.entity=a/b"],
+    "tracker.entity: expected text": ["tracker=wandb", "tracker.entity="],
 }
 
 

@@ -276,7 +276,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "a table without rows": (["lambda=table"], "lambda.rows: required, give lambda.rows=VALUE"),
     "one aspect alone": (
         ["lambda=dirichlet", "dataset.aspects=[kind]"],
-        "lambda: condition: kind is the only aspect",
+        "lambda.condition: kind is the only aspect",
     ),
     "another data set's form": (["dataset=jsonl"], "which dataset=jsonl_lists reads"),
 }
@@ -294,7 +294,7 @@ def test_mistake_is_named_in_one_line(
 def test_pairs_are_not_conditioned(tmp_path: Path) -> None:
     outcome = train_py("experiment=quickstart", "lambda=dirichlet", f"outputs={tmp_path}")
     assert outcome.code == 2
-    assert "lambda: condition: preference is the only aspect" in outcome.error
+    assert "lambda.condition: preference is the only aspect" in outcome.error
 
 
 def test_lists_may_be_read_as_pairs(tmp_path: Path, lists: tuple[str, ...]) -> None:

@@ -12,7 +12,7 @@ import yaml
 from datasets import Dataset
 
 import train
-from mrpo_lab.cli import run_cli
+from mrpo_lab.command import run_cli
 from mrpo_lab.embedded.synthetic import synthetic_rows
 
 ROOT = Path(__file__).parent.parent
@@ -54,7 +54,7 @@ def test_paper_command_runs_from_local_copies(
     monkeypatch.setattr(
         "sys.argv", ["train.py", *command, *small, f"outputs={outputs}", "tracker=local"]
     )
-    run_cli(train.train)
+    run_cli(train.train, train.CONF)
 
     (folder,) = (path.parent for path in outputs.rglob("result.json"))
     result = json.loads((folder / "result.json").read_text())

@@ -167,9 +167,9 @@ def compare(arguments: argparse.Namespace) -> int:
     if not records:
         raise UserError(f"{', '.join(map(str, arguments.runs))}: no runs")
     lines, table = side_by_side(build_study(records), records)
-    print("\n".join(lines))
+    show("\n".join(lines))
     if table is not None:
-        print()
+        show("")
         show(table)
     return 0
 

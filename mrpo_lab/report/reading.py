@@ -10,6 +10,7 @@ from typing import Any
 
 import pandas as pd
 
+from mrpo_lab.console import printable
 from mrpo_lab.errors import UserError, first_line
 from mrpo_lab.runs.reading import RunView
 from mrpo_lab.wording import format_duration
@@ -108,5 +109,34 @@ def make_record(
     elif status == "finished" and not math.isfinite(result.get("test/accuracy") or math.nan):
         status, problem = "failed", "its test accuracy is not a number"
     return RunRecord(
-        name, source, status, config, result, sessions, metrics, pairs, trade_off, problem
+        printable(name),
+        printable(source),
+        printable(status),
+        shown(config),
+        shown(result),
+        shown(sessions),
+        shown(metrics),
+        shown(pairs),
+        shown(trade_off),
+        printable(problem),
     )
+
+
+def shown(value: Any) -> Any:
+    """``value`` with printable texts only, also in keys and columns.
+
+    Runs may come from others, and one control character in a name stops the program that draws the
+    figures.
+    """
+    if isinstance(value, str):
+        return printable(value)
+    if isinstance(value, dict):
+        return {shown(key): shown(child) for key, child in value.items()}
+    if isinstance(value, list):
+        return [shown(child) for child in value]
+    if isinstance(value, pd.DataFrame):
+        texts = value.select_dtypes(include=["object", "string"]).columns
+        return value.assign(**{name: value[name].map(shown) for name in texts}).rename(
+            columns=shown
+        )
+    return value

@@ -59,20 +59,11 @@ def _is_default(config: Mapping[str, Any], path: str, value: Any) -> bool:
         return bool(DEFAULTS[path] == value)
     if "_target_" not in config:
         return False
-    from hydra.utils import get_object  # only for configurations whose keys differ
+    from mrpo_lab.targets import find, public_name  # only for configurations whose keys differ
 
     try:
-        parameters = inspect.signature(get_object(_public_name(str(config["_target_"])))).parameters
+        parameters = inspect.signature(find(public_name(str(config["_target_"])))).parameters
     except Exception:  # it cannot be imported any more, so its defaults are unknown
         return False
     parameter = parameters.get(path.rpartition(".")[2])
     return parameter is not None and bool(parameter.default == value)
-
-
-def _public_name(target: str) -> str:
-    """The public name of a target of this project, which may have been saved before its module
-    moved; other targets as they are."""
-    import mrpo_lab
-
-    package, name = target.partition(".")[0], target.rpartition(".")[2]
-    return f"mrpo_lab.{name}" if package == "mrpo_lab" and name in mrpo_lab.__all__ else target

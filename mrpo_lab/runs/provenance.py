@@ -11,6 +11,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from mrpo_lab.redaction import redact
+
 VERSIONS = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "hydra-core")
 
 
@@ -21,7 +23,7 @@ def provenance() -> dict[str, Any]:
     cuda = torch.cuda.is_available()
     return {
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "command": sys.argv,
+        "command": [redact(argument) for argument in sys.argv],
         "git": {
             "commit": _git("rev-parse", "HEAD"),
             "changed": bool(_git("status", "--porcelain")),

@@ -19,13 +19,13 @@ REFERENCE_COLUMNS = ("reference", "mean alpha", "val acc.", "test acc.", "mean |
 def print_summary(folder: Path, result: Mapping[str, Any]) -> None:
     """Print the summary: as tables on a terminal, as the text of ``summary`` elsewhere."""
     if not sys.stdout.isatty():
-        print(summary(folder, result), flush=True)
+        show(summary(folder, result))
         return
-    print()
+    show("")
     show(_table(ACCURACY_COLUMNS, _accuracy_rows(result)))
-    print()
+    show("")
     show(_table(REFERENCE_COLUMNS, _reference_rows(result)))
-    print("\n".join([*_samples(result), "", *_cost(folder, result)]), flush=True)
+    show("\n".join([*_samples(result), "", *_cost(folder, result)]))
 
 
 def summary(folder: Path, result: Mapping[str, Any]) -> str:

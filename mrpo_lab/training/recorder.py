@@ -16,6 +16,7 @@ from mrpo_lab.errors import UserError, first_line
 from mrpo_lab.models.policy import Policy
 from mrpo_lab.objective.losses import PreferenceLoss
 from mrpo_lab.objective.scores import Scores
+from mrpo_lab.redaction import redact
 from mrpo_lab.runs.damage import with_checksum
 from mrpo_lab.runs.folder import Run
 from mrpo_lab.runs.test_pairs import reference_weights, write_test_pairs
@@ -69,12 +70,12 @@ class Recorder:
         interrupted = isinstance(error, KeyboardInterrupt)
         failure = {
             "status": "interrupted" if interrupted else "failed",
-            "error": str(error) or type(error).__name__,
+            "error": redact(str(error) or type(error).__name__),
             "steps": state.step,
             "wall_seconds": round(state.seconds, 3),
         }
         if not isinstance(error, (UserError, KeyboardInterrupt)):
-            failure["traceback"] = "".join(traceback.format_exception(error))
+            failure["traceback"] = redact("".join(traceback.format_exception(error)))
         if self._active:
             with suppress(UserError):  # the disk may be full, which is then why the run fails
                 self.run.finish(failure)
