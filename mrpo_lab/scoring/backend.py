@@ -16,10 +16,10 @@ from mrpo_lab.scoring.varlen import varlen_attention
 class Backend(NamedTuple):
     """The attention, the padding and the sizes that suit a device."""
 
-    attention: str
-    """What messages call ``attend``."""
-    attend: Callable[..., Tensor]
-    """Attention over a packed row: ``(query, key, value, layout, options)``."""
+    name: str
+    """What messages call the attention over packed rows."""
+    attend: Callable[..., Tensor] | None
+    """That attention, ``(query, key, value, layout, options)``; None if rows are to be padded."""
     pad_to_multiple_of: PadToMultipleOf
     """How packed rows are padded."""
     logits_at_once: int
@@ -32,7 +32,7 @@ class Backend(NamedTuple):
 
 
 CPU = Backend(
-    attention="attention in blocks",
+    name="packed rows, attention in blocks",
     attend=block_attention,
     pad_to_multiple_of=NO_PADDING,
     logits_at_once=2**23,
@@ -45,17 +45,20 @@ CPU_16_BIT = CPU._replace(
     pad_to_multiple_of=PadToMultipleOf(item=8, row=64),
 )
 GPU = Backend(
-    attention="flash attention of variable lengths",
+    name="packed rows, flash varlen",
     attend=varlen_attention,
     pad_to_multiple_of=PadToMultipleOf(item=1, row=256),  # the allocator reuses equal shapes
     logits_at_once=2**28,
     softmax_at_once=2**26,
     fuses_layers=False,
 )
+DETERMINISTIC_GPU = GPU._replace(name="padded rows", attend=None)
+"""The backward passes of flash attention of variable lengths, and of the selection of keys, add up
+in an order that differs from run to run."""
 
 
 def backend_for(device: torch.device, dtype: torch.dtype) -> Backend:
     """The backend of a model with weights of ``dtype`` on ``device``."""
     if device.type == "cuda":
-        return GPU
+        return DETERMINISTIC_GPU if torch.are_deterministic_algorithms_enabled() else GPU
     return CPU_16_BIT if dtype.itemsize == 2 else CPU

@@ -73,7 +73,7 @@ class ReplyScorer:
         embeddings = getattr(causal.get_input_embeddings(), "num_embeddings", own.shape[-1])
         self._vocabulary = min(embeddings, own.shape[-1])
         self._head = self._find_head(own) if kernels == "auto" else None
-        self.packs = self._head is not None
+        self.packs = self._head is not None and self._backend.attend is not None
         """Whether items are packed; until the first use, whether that will be tried."""
         self._packing_checked = False
         self._masks_padding: bool | None = None if kernels == "auto" else True
@@ -85,6 +85,13 @@ class ReplyScorer:
     def device(self) -> torch.device:
         device: torch.device = next(self._causal.parameters()).device
         return device
+
+    @property
+    def description(self) -> str:
+        """What it computes with, in a few words; after the first use, what it settled on."""
+        rows = self._backend.name if self.packs else "padded rows"
+        dtype = str(self._causal.dtype).removeprefix("torch.")
+        return f"{self.device.type}: {rows}, {dtype}"
 
     def costs(self, items: Sequence[Replies]) -> list[int]:
         """Number of tokens in the forward pass of each item, padding included: what the settings
