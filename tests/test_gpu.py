@@ -63,19 +63,26 @@ def run(outputs: Path, dtype: str, *overrides: str) -> Path:
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "mistral", "phi3", "mixtral"])
-def test_bf16_packs_agree_with_float32_rows(name: str, device: torch.device) -> None:
-    """Which are each reply alone, on the CPU. Mistral's window is shorter than the rows."""
+def test_packs_are_as_near_to_float32_as_plain_rows_are(name: str, device: torch.device) -> None:
+    """In bfloat16, beside each reply alone in float32 on the CPU: scores and gradients. Mistral's
+    window is shorter than the rows."""
     model = random_model(name)
     expected = slow(model, ITEMS)
     wanted = gradient(model, weighted(expected))
     narrow = deepcopy(model).to(device, torch.bfloat16)
+
+    def errors(scorer: ReplyScorer) -> tuple[float, float]:
+        sums, counts = scorer.logps(ITEMS)
+        apart = difference(sums.detach().cpu(), expected.detach(), counts.cpu())
+        slopes = gradient(narrow, weighted(sums.cpu())).float().cpu()
+        return apart, float((slopes - wanted).norm() / wanted.norm())
+
     scorer = ReplyScorer(narrow)
-    sums, counts = scorer.logps(ITEMS)
+    packed, plain = errors(scorer), errors(ReplyScorer(narrow, kernels="off"))
     assert scorer.packs
-    assert difference(sums.detach().cpu(), expected.detach(), counts.cpu()) < 0.02
-    weights = torch.arange(1, len(sums) + 1, device=device)
-    found = gradient(narrow, (sums * weights).sum()).float().cpu()
-    assert float((found - wanted).norm()) < 0.05 * float(wanted.norm())
+    assert packed[0] < 1.5 * plain[0] + 0.002
+    assert packed[1] < 1.5 * plain[1] + 0.002
+    assert max(plain) < 0.2  # which is rounding, and not another model
 
 
 def test_rows_padded_without_a_mask_agree(device: torch.device) -> None:
