@@ -7,7 +7,7 @@ FAST := losses weightings lists scores lambdas thompson_sampling chat data list_
 	old_runs
 
 .DEFAULT_GOAL := help
-.PHONY: help env quickstart smollm2 bench test test-fast test-slurm check format lock clean
+.PHONY: help env quickstart smollm2 bench test test-fast test-slurm test-gpu check format lock clean
 
 help:  ## List these targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -38,6 +38,9 @@ test-fast: env  ## Run the tests that find most mistakes, in a minute
 
 test-slurm: env  ## Run sweeps on a throw-away SLURM, as root on Debian (tests/slurm/cluster.py install)
 	$(BIN)/python -m pytest tests/slurm -n 0
+
+test-gpu: env  ## Run the tests that need a GPU, or say why they are skipped
+	$(BIN)/python -m pytest -m gpu -n 0 -rs
 
 check: env  ## Lint, format, type-check, and check which package imports which
 	$(BIN)/ruff check .

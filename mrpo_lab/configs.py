@@ -26,6 +26,7 @@ SETTINGS: dict[str, Any] = {
     "outputs": str,
     "threads": Annotated[int, Field(ge=1, le=4096)] | None,
     "kernels": Literal["auto", "off"],
+    "deterministic": bool,
     "protocol.batch_size": Annotated[int, Field(ge=1)],
     "protocol.probe_size": Annotated[int, Field(ge=1)],
     "optimizer.lr": Annotated[float, Field(ge=0)],

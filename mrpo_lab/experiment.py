@@ -33,6 +33,7 @@ from mrpo_lab.runs.tracking import LocalTracker, Tracker
 from mrpo_lab.seeding import Seeds
 from mrpo_lab.storage.hub import NotAtHandError, missing
 from mrpo_lab.training.config import TrainConfig
+from mrpo_lab.training.determinism import deterministic_algorithms
 from mrpo_lab.training.inputs import Data, PolicyTokens
 from mrpo_lab.training.interruption import Interruption
 from mrpo_lab.training.recorder import Recorder
@@ -66,7 +67,8 @@ def run_experiment(
         run.inputs = local_inputs(resolved) if workers.is_main else {}
         experiment = Experiment.build(cfg, workers)
         recorder = Recorder(run, experiment.tracker, resolved, active=workers.is_main)
-        result = experiment.train(recorder, interruption)
+        with deterministic_algorithms(experiment.deterministic):
+            result = experiment.train(recorder, interruption)
         workers.wait()
     if workers.is_main:
         print_summary(run.folder, result)
@@ -110,6 +112,8 @@ class Experiment:
     tracker: Tracker
     workers: Workers
     threads: int | None
+    deterministic: bool = False
+    """Whether results are the same bit for bit on a GPU too; see ``deterministic_algorithms``."""
 
     def __post_init__(self) -> None:
         check_optimizer(self.optimizer)
@@ -134,6 +138,7 @@ class Experiment:
             tracker=configs.build(cfg, "tracker") if workers.is_main else LocalTracker(),
             workers=workers,
             threads=cfg.threads,
+            deterministic=cfg.get("deterministic", False),
         )
 
     def train(self, recorder: Recorder, interruption: Interruption | None = None) -> dict[str, Any]:

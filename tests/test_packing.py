@@ -32,8 +32,8 @@ from mrpo_lab.experiment import Experiment
 from mrpo_lab.merging.merged_policies import load_adapters
 from mrpo_lab.models.policy import PolicyConfig
 from mrpo_lab.scoring import attention
-from mrpo_lab.scoring import scorer as scoring
 from mrpo_lab.scoring.attention import AttentionOptions
+from mrpo_lab.scoring.backend import CPU as BACKEND
 from mrpo_lab.scoring.packing import (
     PadToMultipleOf,
     balanced,
@@ -44,6 +44,7 @@ from mrpo_lab.scoring.packing import (
 from mrpo_lab.scoring.scorer import ReplyScorer
 from mrpo_lab.training.workers import Workers
 
+pytest_plugins = ("flash_kernel",)
 CPU = torch.device("cpu")
 LINEAR: dict[str, Any] = {
     "linear_num_value_heads": 4,
@@ -67,6 +68,8 @@ OTHERS: dict[str, PreTrainedConfig] = {
 }
 UNPACKABLE = {"bloom", "falcon", "mamba", "gpt_oss", "qwen3_next"}
 """Architectures that cannot be packed: biased scores, attention sinks, recurrent states."""
+UNPACKABLE_ON_GPU = UNPACKABLE | {"gemma2"}
+"""Flash attention has no soft cap either."""
 
 
 def items_of(*shapes: tuple[int, ...], seed: int = 0) -> list[Replies]:
@@ -101,14 +104,17 @@ class TestEveryArchitecture:
             return random_model(name)
         return build(AutoModelForCausalLM.from_config(OTHERS[name]))
 
-    def test_values_and_gradients(self, name: str, caplog: pytest.LogCaptureFixture) -> None:
+    def test_values_and_gradients(
+        self, name: str, each_backend: str, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        unpackable = UNPACKABLE if each_backend == "cpu" else UNPACKABLE_ON_GPU
         model = self.model(name)
         scorer = ReplyScorer(model)
         with caplog.at_level(logging.INFO, logger="mrpo_lab.scoring.scorer"):
             sums, counts = scorer.logps(ITEMS)
-        assert scorer.packs == (name not in UNPACKABLE)
+        assert scorer.packs == (name not in unpackable)
         said = [r.message for r in caplog.records if "so each is computed alone" in r.message]
-        assert len(said) == (name in UNPACKABLE)
+        assert len(said) == (name in unpackable)
         expected = slow(model, ITEMS)
         torch.testing.assert_close(sums, expected, rtol=0, atol=5e-5)
         assert counts.tolist() == [row.reply_tokens for item in ITEMS for row in item]
@@ -137,19 +143,18 @@ def test_blocks_and_windows_change_nothing(
     "multiples", [PadToMultipleOf(8, 64), PadToMultipleOf(4, 32), PadToMultipleOf(16, 16)]
 )
 @pytest.mark.parametrize("window", [None, 3])
-def test_padding_changes_nothing(
-    multiples: PadToMultipleOf, window: int | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_padding_changes_nothing(multiples: PadToMultipleOf, window: int | None) -> None:
     (_, again), *others = ITEMS
     items = [*others[:2], (again, again), others[2]]  # one ends with a reply computed before
     starts = {segment.prefix_start for segment in pack(items, CPU, multiples).layout.segments}
     assert {start % multiples.item for start in starts} == {0}
     assert pack(items, CPU, multiples).layout.tokens % multiples.row == 0
-    monkeypatch.setattr(scoring, "NO_PADDING", multiples)
     config = CONFIGS["mistral"]
     config.sliding_window = window
     model = build(AutoModelForCausalLM.from_config(config)).double()
-    sums, _ = ReplyScorer(model).logps(items)
+    sums, _ = ReplyScorer(model, backend=BACKEND._replace(pad_to_multiple_of=multiples)).logps(
+        items
+    )
     expected = slow(model, items)
     torch.testing.assert_close(sums, expected, rtol=0, atol=1e-12)
     assert_near(gradient(model, weighted(sums)), gradient(model, weighted(expected)))
@@ -189,6 +194,7 @@ def test_the_gradient_of_the_attention_itself(whole: int, monkeypatch: pytest.Mo
         )
 
 
+@pytest.mark.usefixtures("each_backend")
 def test_a_reply_sees_nothing_of_others() -> None:
     """Not a bit of its score changes with another reply's or another item's tokens."""
     scorer = ReplyScorer(random_model("llama"))
@@ -204,6 +210,7 @@ def test_a_reply_sees_nothing_of_others() -> None:
             assert torch.nonzero(other != sums).flatten().tolist() == [first]
 
 
+@pytest.mark.usefixtures("each_backend")
 def test_prompts_that_tokenize_differently_before_their_replies() -> None:
     """Where a reply's first characters merge with the prompt's last, rows share less than a
     prompt, and replies begin at different places."""
@@ -220,6 +227,7 @@ def test_prompts_that_tokenize_differently_before_their_replies() -> None:
     assert counts.tolist() == [3, 3, 3, 3, 3, 3]
 
 
+@pytest.mark.usefixtures("each_backend")
 def test_replies_that_are_the_same_get_the_same_score() -> None:
     """To the last bit, and so a margin of 0 with no gradient."""
     (first, second, other), (alone,) = items_of((40, 30, 9, 9), (5, 3), seed=3)
@@ -247,6 +255,7 @@ def test_a_prompt_is_computed_once() -> None:
     assert lengths == [50 + 3 + 4 + 50 + 5 + 6]
 
 
+@pytest.mark.usefixtures("each_backend")
 def test_attention_with_dropout_is_left_to_the_model(caplog: pytest.LogCaptureFixture) -> None:
     model = random_model("gpt2")
     scorer = ReplyScorer(model)
@@ -264,6 +273,7 @@ def test_attention_with_dropout_is_left_to_the_model(caplog: pytest.LogCaptureFi
     torch.testing.assert_close(scorer.logps(ITEMS)[0], slow(model, ITEMS), rtol=0, atol=2e-5)
 
 
+@pytest.mark.usefixtures("each_backend")
 class TestFirstUse:
     """The scorer checks by itself whether the model can be packed."""
 
@@ -321,6 +331,7 @@ class TestFirstUse:
         torch.testing.assert_close(found, expected, rtol=0, atol=5e-5)
 
 
+@pytest.mark.usefixtures("each_backend")
 def test_generation_and_padded_rows_use_the_models_own_attention() -> None:
     model = random_model("qwen2")
     ids = torch.tensor([[4, 5, 6]])

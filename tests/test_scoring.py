@@ -43,7 +43,7 @@ from whole_logits import (
 from mrpo_lab.data.chat import load_format
 from mrpo_lab.data.texts import Item, TokenRow
 from mrpo_lab.embedded.synthetic import synthetic_rows
-from mrpo_lab.scoring import head
+from mrpo_lab.scoring.backend import CPU
 from mrpo_lab.scoring.padding import Side, collate
 from mrpo_lab.scoring.scorer import ReplyScorer
 
@@ -194,32 +194,31 @@ class TestMemory:
         )
         return shapes
 
-    def test_the_head_meets_reply_positions_only_a_chunk_at_a_time(
-        self, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_the_head_meets_reply_positions_only_a_chunk_at_a_time(self) -> None:
         model, rows = random_model("llama"), random_rows([(40, 30), (35, 33), (50, 39)])
-        scorer = ReplyScorer(model)
-        monkeypatch.setattr(head, "LOGITS_AT_ONCE", {"cpu": 5 * VOCABULARY + 3})
+        scorer = ReplyScorer(model, backend=CPU._replace(logits_at_once=5 * VOCABULARY + 3))
+        scorer.costs([tuple(rows)])  # the first use compares packed with padded rows
+        with torch.no_grad():
+            scorer.padded_logps(rows)  # and with rows that are padded without a mask
         shapes = self.watch(model)
         weighted(scorer.padded_logps(rows)[0]).backward()
         # 10 + 2 + 11 positions, forward and again for the backward pass.
         assert sorted(shapes) == sorted([(5, VOCABULARY)] * 8 + [(3, VOCABULARY)] * 2)
-        scorer.costs([tuple(rows)])  # the first use compares packed with padded rows
         shapes.clear()
         scorer.score([tuple(rows)], token_budget=10**6)
         assert sorted(shapes) == sorted([(5, VOCABULARY)] * 4 + [(3, VOCABULARY)])
 
     @pytest.mark.parametrize("name", ["gemma2", "cohere"])
-    def test_chunks_change_neither_values_nor_gradients(
-        self, name: str, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_chunks_change_neither_values_nor_gradients(self, name: str) -> None:
         model, rows = random_model(name), random_rows()
         scorer = ReplyScorer(model)
         sums = scorer.padded_logps(rows)[0]
         whole = gradient(model, weighted(sums))
         for size, wide in ((1, 1), (4, 3), (1000, 5)):
-            monkeypatch.setattr(head, "LOGITS_AT_ONCE", {"cpu": size * VOCABULARY})
-            monkeypatch.setattr(head, "WIDE_AT_ONCE", {"cpu": wide * VOCABULARY})
+            chunks = CPU._replace(
+                logits_at_once=size * VOCABULARY, softmax_at_once=wide * VOCABULARY
+            )
+            scorer = ReplyScorer(model, backend=chunks)
             pieces = scorer.padded_logps(rows)[0]
             with torch.no_grad():
                 found = scorer.padded_logps(rows)[0]

@@ -23,7 +23,8 @@ from mrpo_lab.data.conformance import first_problem
 from mrpo_lab.data.texts import Item, Replies
 from mrpo_lab.data.tokenization import Tokenization
 from mrpo_lab.objective.scores import Scores, chosen_first
-from mrpo_lab.scoring.scorer import ReplyScorer, difference
+from mrpo_lab.scoring.agreement import difference
+from mrpo_lab.scoring.scorer import ReplyScorer
 
 SAMPLE = 8
 """Number of items that are checked."""

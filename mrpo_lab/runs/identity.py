@@ -10,6 +10,7 @@ NO_CHANGE = (
     "outputs",
     "name",
     "threads",
+    "deterministic",
     "tracker",
     "reference_set.gate",
     "reference_set.token_budget",

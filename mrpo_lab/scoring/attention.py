@@ -54,17 +54,23 @@ def uninstall(config: Any) -> None:
 
 
 def packed_or_own(
-    own: str, module: nn.Module, *heads: Any, layout: Layout | None = None, **options: Any
+    own: str,
+    module: nn.Module,
+    *heads: Any,
+    layout: Layout | None = None,
+    attend: Callable[..., Tensor] | None = None,
+    **options: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """The function that transformers calls for each layer's attention; ``own`` is the model's."""
     if layout is not None:
         query, key, value, _ = heads
-        return packed_attention(query, key, value, layout, **options), None
+        attend = attend or block_attention
+        return packed_attention(query, key, value, layout, attend, **options), None
     if own == "eager":  # every model file has a function of this name
-        attend = sys.modules[type(module).__module__].eager_attention_forward
+        function = sys.modules[type(module).__module__].eager_attention_forward
     else:
-        attend = ALL_ATTENTION_FUNCTIONS[own]
-    attended: tuple[Tensor, Tensor | None] = attend(module, *heads, **options)
+        function = ALL_ATTENTION_FUNCTIONS[own]
+    attended: tuple[Tensor, Tensor | None] = function(module, *heads, **options)
     return attended
 
 
@@ -73,6 +79,7 @@ def packed_attention(
     key: Float[Tensor, "1 G N D"],
     value: Float[Tensor, "1 G N D"],
     layout: Layout,
+    attend: Callable[..., Tensor],
     *,
     scaling: float | None = None,
     dropout: float = 0.0,
@@ -82,10 +89,12 @@ def packed_attention(
 ) -> Float[Tensor, "1 N H D"]:
     """softmax(q k^T scaling) v over the keys that ``layout`` lets each query see.
 
-    H query heads share G key and value heads, where G divides H.
+    H query heads share G key and value heads, where G divides H. ``attend`` is what the device
+    computes it with, as ``Backend.attend``.
 
     Raises:
-        NotImplementedError: the model uses dropout or another option that is not implemented here.
+        NotImplementedError: the model uses dropout or another option that is not implemented here,
+            or ``attend`` does not compute it on this device.
     """
     unsupported = [name for name in UNSUPPORTED if other.get(name) is not None]
     if unsupported or dropout:
@@ -95,7 +104,7 @@ def packed_attention(
         window=sliding_window or layout.tokens,
         softcap=softcap,
     )
-    attended = block_attention(query[0], key[0], value[0], layout, options)
+    attended = attend(query[0], key[0], value[0], layout, options)
     return attended.transpose(0, 1)[None]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,13 +10,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-
-LOGITS_AT_ONCE = {"cpu": 2**23, "cuda": 2**28}
-"""Chunk size of the projection: number of logits (positions times vocabulary) in memory at once.
-Smaller chunks read the projection's weights more often."""
-WIDE_AT_ONCE = {"cpu": 2**20, "cuda": 2**26}
-"""Chunk size of the float32 softmax, in logits: 4 MiB, which fit into a processor's cache, and
-256 MiB on a GPU."""
 
 
 def widened(logits: Tensor) -> Tensor:
@@ -36,6 +29,10 @@ class Head:
     """Factor of the logits."""
     softcap: float | None = None
     """If given, logits are ``softcap * tanh(logits / softcap)``, after scaling."""
+    logits_at_once: int = 2**23
+    """Chunk size of the projection, in logits; see ``Backend``."""
+    softmax_at_once: int = 2**20
+    """Chunk size of the softmax, in logits."""
 
     def __call__(self, hidden: Float[Tensor, "*n H"]) -> Float[Tensor, "*n V"]:
         return self.adjusted(self.projection(hidden))
@@ -63,17 +60,17 @@ class Head:
         )
 
     def _logps(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        parts = self._split(WIDE_AT_ONCE, self.projection(hidden), targets)
+        parts = self._split(self.softmax_at_once, self.projection(hidden), targets)
         return torch.cat([log_softmax_at(self.adjusted(part), wanted) for part, wanted in parts])
 
     def _chunks(self, hidden: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        return self._split(LOGITS_AT_ONCE, hidden, targets)
+        return self._split(self.logits_at_once, hidden, targets)
 
     def _split(
-        self, at_once: Mapping[str, int], rows: Tensor, targets: Tensor
+        self, at_once: int, rows: Tensor, targets: Tensor
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """``rows`` and ``targets`` in chunks that make ``at_once`` logits on their device."""
-        size = max(1, at_once[rows.device.type] // self.vocabulary)
+        """``rows`` and ``targets`` in chunks that make ``at_once`` logits."""
+        size = max(1, at_once // self.vocabulary)
         return zip(rows.split(size), targets.split(size), strict=True)
 
 
@@ -122,7 +119,7 @@ class _FrozenHead(torch.autograd.Function):
             with torch.enable_grad():
                 projected = head.projection(chunk.requires_grad_())
             # The gradient with respect to each logit is written over the logit.
-            for part, at in head._split(WIDE_AT_ONCE, projected.detach(), wanted):
+            for part, at in head._split(head.softmax_at_once, projected.detach(), wanted):
                 with torch.enable_grad():
                     found = log_softmax_at(head.adjusted(part.requires_grad_()), at)
                     (slope,) = torch.autograd.grad(found.sum(), part)

@@ -19,46 +19,39 @@ from mrpo_lab.data.texts import Replies, TokenRow
 from mrpo_lab.errors import UserError, first_line
 from mrpo_lab.objective.scores import Scores, per_prompt
 from mrpo_lab.scoring import attention
+from mrpo_lab.scoring.agreement import (
+    TOLERANCE,
+    TOLERANCE_16_BIT,
+    difference,
+    gradient_difference,
+    logits_agree,
+)
+from mrpo_lab.scoring.backend import Backend, backend_for
 from mrpo_lab.scoring.head import Head, log_softmax_at, widened
 from mrpo_lab.scoring.limits import check_rows, max_positions
-from mrpo_lab.scoring.packing import (
-    NO_PADDING,
-    PadToMultipleOf,
-    balanced,
-    longest_and_median,
-    pack,
-    packed_tokens,
-)
-from mrpo_lab.scoring.padding import Batch, Side, collate
+from mrpo_lab.scoring.packing import balanced, longest_and_median, pack, packed_tokens
+from mrpo_lab.scoring.padding import Side, collate
 
 logger = logging.getLogger(__name__)
-
-PACKING_TOLERANCE = 1e-3
-"""Largest mean difference between packed and padded rows, in nats per token, in float32. Rounding
-makes about 1e-6; a token that sees what it must not changes more."""
-PACKING_TOLERANCE_16_BIT = 0.1
-"""The same in 16 bits, where rounding differs with the shape of every matrix product: in SmolLM2 by
-0.02 in the mean and by 0.3 for single tokens, with both ways equally far from float32."""
-
-PADDING_16_BIT = PadToMultipleOf(item=8, row=64)
-"""Pad 16-bit packs to few distinct shapes: oneDNN compiles a kernel for every shape of a product
-and keeps a thousand of them, at 2 ms and 0.7 MB each."""
 
 
 class ReplyScorer:
     """A causal language model, and how the log-probabilities of its replies are computed.
 
-    On a CPU items are packed: each prompt is computed once, and nothing is padded. On first use the
-    scorer compares packed with padded rows, and goes on with padded rows if they differ: sliding
-    windows, recurrent states and attention of a model's own are found by their numbers, not by a
-    list of names. On a GPU rows are always padded.
+    Items are packed: each prompt is computed once, and nothing is padded. On first use the scorer
+    compares packed with padded rows, and goes on with padded rows if they differ: sliding windows,
+    recurrent states and attention of a model's own are found by their numbers, not by a list of
+    names. Rows that are padded on the right are given no mask, so that fused kernels take them, if
+    that changes no number.
     """
 
-    def __init__(self, model: Any, kernels: str = "auto") -> None:
+    def __init__(self, model: Any, kernels: str = "auto", backend: Backend | None = None) -> None:
         """
         Args:
             model: a causal language model of transformers, or a peft model around one.
-            kernels: ``off`` never packs, and takes whole logits from the model itself.
+            kernels: ``off`` never packs, always masks padding, and takes whole logits from the
+                model itself.
+            backend: what to compute with (default: what suits the model's device).
 
         Raises:
             UserError: the model is not causal, or an adapter acts outside the model's layers.
@@ -74,14 +67,17 @@ class ReplyScorer:
         config = causal.config.get_text_config()
         self.positions = max_positions(config)
         """Largest number of tokens of a row, or None; see ``max_positions``."""
+        self._backend = backend or backend_for(self.device, causal.dtype)
+        self._tolerance = TOLERANCE_16_BIT if self._is_16_bit else TOLERANCE
         own = self._probe()
         embeddings = getattr(causal.get_input_embeddings(), "num_embeddings", own.shape[-1])
         self._vocabulary = min(embeddings, own.shape[-1])
         self._head = self._find_head(own) if kernels == "auto" else None
-        # Packed attention is made for CPUs: the fused kernels of a GPU want padded rows.
-        self.packs = self._head is not None and self.device.type == "cpu"
+        self.packs = self._head is not None and self._backend.attend is not None
         """Whether items are packed; until the first use, whether that will be tried."""
         self._packing_checked = False
+        self._masks_padding: bool | None = None if kernels == "auto" else True
+        """Whether rows that are padded on the right need a mask; None until that is tried."""
         if self.packs:
             attention.install(causal.config.get_text_config())
 
@@ -89,6 +85,13 @@ class ReplyScorer:
     def device(self) -> torch.device:
         device: torch.device = next(self._causal.parameters()).device
         return device
+
+    @property
+    def description(self) -> str:
+        """What it computes with, in a few words; after the first use, what it settled on."""
+        rows = self._backend.name if self.packs else "padded rows"
+        dtype = str(self._causal.dtype).removeprefix("torch.")
+        return f"{self.device.type}: {rows}, {dtype}"
 
     def costs(self, items: Sequence[Replies]) -> list[int]:
         """Number of tokens in the forward pass of each item, padding included: what the settings
@@ -126,15 +129,33 @@ class ReplyScorer:
     ) -> tuple[Float[Tensor, " B"], Int[Tensor, " B"]]:
         """``logps`` of separate rows, padded to one length, which every model can compute."""
         self._check_rows(rows)
+        if side == "right" and self._masks_padding is None and len({len(r.ids) for r in rows}) > 1:
+            self._check_mask(rows)
+        return self._padded_logps(
+            rows, side, mask=side == "left" or self._masks_padding is not False
+        )
+
+    def _padded_logps(
+        self, rows: Sequence[TokenRow], side: Side, mask: bool
+    ) -> tuple[Float[Tensor, " B"], Int[Tensor, " B"]]:
         batch = collate(rows, self.device, side)
         row, column = batch.is_reply.nonzero(as_tuple=True)
         targets = batch.input_ids[row, column]
+        module = self._causal if self._head is None else self._causal.base_model
+        # Positions of right-padded rows count from 0, as every model's own do.
+        positions = {} if side == "right" else {"position_ids": batch.position_ids}
+        output = module(
+            input_ids=batch.input_ids,
+            attention_mask=batch.attention_mask if mask else None,
+            use_cache=False,
+            **positions,
+        )
         if self._head is None:
-            logits = self._forward_padded(self._causal, batch, side).logits[row, column - 1]
+            logits = output.logits[row, column - 1]
             token_logps = log_softmax_at(widened(logits), targets)
         else:
-            hidden = self._forward_padded(self._causal.base_model, batch, side).last_hidden_state
-            token_logps = self._head.token_logps(hidden[row, column - 1], targets)
+            hidden = output.last_hidden_state[row, column - 1]
+            token_logps = self._head.token_logps(hidden, targets)
         sums = torch.zeros(len(rows), dtype=torch.float64, device=self.device)
         return sums.index_add(0, row, token_logps.double()), batch.is_reply.sum(-1)
 
@@ -170,14 +191,14 @@ class ReplyScorer:
 
     def _packed_logps(self, items: Sequence[Replies]) -> tuple[Tensor, Tensor]:
         self._check_rows(row for item in items for row in item)
-        padding = PADDING_16_BIT if self._is_16_bit else NO_PADDING
-        packed = pack(items, self.device, padding)
+        packed = pack(items, self.device, self._backend.pad_to_multiple_of)
         hidden = self._causal.base_model(
             input_ids=packed.input_ids,
             position_ids=packed.position_ids,
             # transformers takes a mask with four axes as it is, and so makes none of its own.
             attention_mask=torch.ones(1, 1, 1, 1, device=self.device),
             layout=packed.layout,
+            attend=self._backend.attend,
             use_cache=False,
         ).last_hidden_state[0]
         assert self._head is not None
@@ -186,8 +207,24 @@ class ReplyScorer:
         sums = sums.index_add(0, packed.owners, token_logps.double())
         return sums[packed.replies], packed.counts[packed.replies]
 
+    def _check_mask(self, rows: Sequence[TokenRow]) -> None:
+        """Compare the shortest and the longest row, padded, with and without a mask."""
+        two = [min(rows, key=lambda row: len(row.ids)), max(rows, key=lambda row: len(row.ids))]
+        with torch.random.fork_rng(self._rng_devices), evaluating(self.model):
+            masked, counts = self._padded_logps(two, "right", mask=True)
+            apart = difference(self._padded_logps(two, "right", mask=False)[0], masked, counts)
+        self._masks_padding = not apart <= self._tolerance.scores  # nan too
+        if self._masks_padding:
+            logger.info(
+                "%s: padding needs a mask, which keeps faster attention from being used: without "
+                "it, scores change by %.2g nats per token",
+                type(self._causal).__name__,
+                apart,
+            )
+
     def _check_packing(self, items: Sequence[Replies]) -> None:
-        """On first use, compare packed with padded rows on the longest item and the median one.
+        """On first use, compare packed with padded rows on the longest item and the median one:
+        their scores, and the gradient if the model is trained.
 
         One reply of each item is compared, the longest, packed last: it reaches farthest back, and
         comes after all that it must not see. Neither the random state nor the mode of the model
@@ -200,16 +237,30 @@ class ReplyScorer:
         chosen = longest_and_median([packed_tokens(item) for item in items])
         typical = [tuple(sorted(items[i], key=lambda row: len(row.ids))) for i in chosen]
         last = np.cumsum([len(item) for item in typical]) - 1
-        tolerance = PACKING_TOLERANCE_16_BIT if self._is_16_bit else PACKING_TOLERANCE
-        with torch.random.fork_rng(devices=[]), evaluating(self.model):
-            alone = [self.padded_logps(item[-1:]) for item in typical]
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        with (
+            torch.random.fork_rng(self._rng_devices),
+            evaluating(self.model),
+            torch.set_grad_enabled(bool(trained)),
+        ):
+            alone = [self._padded_logps(item[-1:], "right", mask=True) for item in typical]
             padded, counts = (torch.cat(parts) for parts in zip(*alone, strict=True))
             try:
-                apart = difference(self._packed_logps(typical)[0][last], padded, counts)
-                if not apart <= tolerance:  # nan too
+                packed = self._packed_logps(typical)[0][last]
+                apart = difference(packed.detach(), padded.detach(), counts)
+                if not apart <= self._tolerance.scores:  # nan too
                     self._stop_packing(f"with it, scores change by {apart:.2g} nats per token")
+                elif trained:
+                    apart = gradient_difference(packed, padded, trained)
+                    if not apart <= self._tolerance.gradient:
+                        self._stop_packing(f"with it, the gradient changes by {100 * apart:.2g} %")
             except (NotImplementedError, TypeError, ValueError, KeyError, RuntimeError) as error:
                 self._stop_packing(first_line(error))
+
+    @property
+    def _rng_devices(self) -> list[torch.device]:
+        """Devices whose random state a check has to restore, besides the CPU's."""
+        return [self.device] if self.device.type == "cuda" else []
 
     def _stop_packing(self, reason: str) -> None:
         self.packs = False
@@ -218,16 +269,6 @@ class ReplyScorer:
             "%s: a prompt's replies cannot share one row, so each is computed alone: %s",
             type(self._causal).__name__,
             reason,
-        )
-
-    def _forward_padded(self, module: nn.Module, batch: Batch, side: Side) -> Any:
-        # Positions of right-padded rows count from 0, as every model's own do.
-        positions = {} if side == "right" else {"position_ids": batch.position_ids}
-        return module(
-            input_ids=batch.input_ids,
-            attention_mask=batch.attention_mask,
-            use_cache=False,
-            **positions,
         )
 
     def _probe(self) -> Float[Tensor, "1 T V"]:
@@ -249,12 +290,12 @@ class ReplyScorer:
             through_peft = own
             if self.model is not self._causal:
                 through_peft = widened(self.model(input_ids=ids, use_cache=False).logits)
-        if own.shape != through_peft.shape or not _alike(own, through_peft, self._is_16_bit):
+        if own.shape != through_peft.shape or not logits_agree(own, through_peft, self._is_16_bit):
             raise UserError(
                 f"{name}: the adapter acts in peft's own forward pass and not in the model's "
                 "layers, which is not supported: merge it, or use an adapter such as LoRA"
             )
-        if not _alike(own[:, :-1], later[:, :-1], self._is_16_bit):
+        if not logits_agree(own[:, :-1], later[:, :-1], self._is_16_bit):
             raise UserError(
                 f"{name} is not causal: its logits at a token depend on the tokens after it, so "
                 "that it sees what it is to predict: give a decoder, or set is_decoder in its "
@@ -304,7 +345,14 @@ class ReplyScorer:
             getattr(config, "logits_scaling", None) or 1
         )
         softcap = getattr(config, "final_logit_softcapping", None)
-        return Head(projection, int(config.vocab_size), float(scale), softcap)
+        return Head(
+            projection,
+            int(config.vocab_size),
+            float(scale),
+            softcap,
+            logits_at_once=self._backend.logits_at_once,
+            softmax_at_once=self._backend.softmax_at_once,
+        )
 
 
 @contextmanager
@@ -317,19 +365,3 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             yield
     finally:
         model.train(training)
-
-
-def _alike(one: Tensor, other: Tensor, is_16_bit: bool) -> bool:
-    """Whether two ways to compute logits agree, up to rounding. Numbers that are not finite pass:
-    they are found where scores are."""
-    near = 0.05 if is_16_bit else 0.01
-    return not float((one - other).abs().mean()) > near * float(one.abs().mean())
-
-
-def difference(
-    one: Float[Tensor, " replies"],
-    other: Float[Tensor, " replies"],
-    counts: Int[Tensor, " replies"],
-) -> float:
-    """Mean absolute difference of two sets of scores of the same replies, in nats per token."""
-    return float((one - other).abs().sum() / counts.sum())

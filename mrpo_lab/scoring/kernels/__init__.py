@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from mrpo_lab.scoring.backend import backend_for
 from mrpo_lab.scoring.kernels import lora, norms, swiglu
 
 KERNELS = ("auto", "off")
@@ -21,7 +22,11 @@ def fuse(model: nn.Module) -> None:
     Call it once, when the model is complete: on its device, with its adapters, in evaluation mode,
     and with ``requires_grad`` set, since RMS norms are replaced only where they are frozen. Forward
     results stay the same to the last bits; LoRA's sum is rounded to the model's dtype once less.
+    On a device whose backend fuses no layers, nothing is replaced.
     """
+    first = next(model.parameters())
+    if not backend_for(first.device, first.dtype).fuses_layers:
+        return
     if hasattr(model, "peft_config"):
         lora.fuse(model)
     norms.fuse(model)
