@@ -83,7 +83,7 @@ def make_run(
     )
     folder.mkdir(parents=True)
     rng = np.random.default_rng([seed, *map(ord, cell + (slug or "") + dataset)])
-    (folder / "config.yaml").write_text(yaml.safe_dump(settings))
+    (folder / "config.yaml").write_text(yaml.dump(settings, Dumper=yaml.CSafeDumper))
     session = {
         "started": f"2026-11-0{1 + seed % 9}T10:00:00+0000",
         "command": ["train.py"],

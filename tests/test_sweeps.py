@@ -384,7 +384,7 @@ def test_sweep_on_this_machine_survives_what_happens_to_a_run_and_to_itself(tmp_
     each run has the numbers of the single command."""
     outputs = tmp_path.resolve() / "outputs"
     # Long enough to be met in the middle, on a fast machine too.
-    steps = ("protocol.batch_size=1", "train.epochs=20", "train.checkpoint_every=5")
+    steps = ("protocol.batch_size=1", "train.epochs=8", "train.checkpoint_every=5")
     one = ("name=here", "weighting=swcw", "train.token_budget=64", *steps)
     asked = (*one, "seed=0,1,2")
     first = local(outputs, *asked)
