@@ -34,6 +34,8 @@ KINDS = {
 }
 PATIENCE = 400.0
 """Seconds after which a trial counts as hanging."""
+SHOWN = 14
+"""Lines that are printed of a trial that did not hold; all of them are in its ``broken.txt``."""
 
 
 @dataclass
@@ -103,7 +105,7 @@ class Session:
             tally.tried += 1
             if "broken" in verdict:
                 again = f"--kinds {kind} --seed {self.seed} --trial {number}"
-                last = verdict["broken"].strip().splitlines()
+                last = verdict["broken"].strip().splitlines()[-SHOWN:]
                 tally.failures.append(f"{again}\n  {folder}\n  " + "\n  ".join(last))
                 return
             tally.held += 1

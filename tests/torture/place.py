@@ -18,7 +18,7 @@ from harness import TINY, equal
 
 from mrpo_lab.training.state_file import load_state
 from torture.events import count_events
-from torture.process import BrokenError, Command, Finished
+from torture.process import BrokenError, Command, Finished, short
 
 TIMES = ("wall_seconds", "pairs_per_second", "setup_seconds", "peak_memory_gib")
 STATE = ("optimizer", "scheduler", "weighting", "lambda", "trainable")
@@ -74,7 +74,7 @@ class Place:
         self, *words: str, before: Callable[[], object] | None = None, **environment: str
     ) -> Command:
         """Begin ``python WORDS`` in ``work``."""
-        self.notes.append(" ".join(words))
+        self.notes.append(short(words))
         surroundings = {
             "MRPO_LAB_CACHE": str(self.cache),
             "TMPDIR": str(self.tmp),

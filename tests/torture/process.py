@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from harness import ROOT
+from harness import ROOT, TINY
 from hydra.core.global_hydra import GlobalHydra
 
 PATIENCE = 120.0
@@ -41,7 +41,13 @@ class Finished:
         return self.code == -signal.SIGKILL
 
     def __str__(self) -> str:
-        return f"{' '.join(self.words)}\nexit code {self.code}\n{self.err[-3000:]}"
+        return f"{short(self.words)}\nexit code {self.code}\n{self.err[-900:]}"
+
+
+def short(words: Sequence[str]) -> str:
+    """A command line in which TINY stands for the overrides that nearly all have."""
+    own = [word for word in words if word not in TINY]
+    return " ".join([own[0], "TINY", *own[1:]] if len(own) < len(words) else own)
 
 
 class Command:

@@ -25,7 +25,7 @@ TRAIN: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("begin with -m", ("seed=s0,s1",)),
     ("seed", ("seed=1.5",)),
     ("loss", ("loss",)),
-    ("value", ("loss.beta=",)),
+    ("loss.beta", ("loss.beta=",)),
     ("loss.beta", ("loss.beta=high",)),
     ("train", ("train",)),
     ("experiment=", ("experiment=mine",)),
@@ -46,7 +46,7 @@ OTHERS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("no runs", ("mrpo_lab.report", ".")),
     ("no sweep", ("launchers", "status")),
     ("outputs", ("mrpo_lab.report",)),
-    ("there", ("mrpo_lab.merging", "nowhere")),
+    ("nowhere", ("mrpo_lab.merging", "nowhere", "here")),
 )
 
 
@@ -56,7 +56,9 @@ def trial(place: Place, random: Random) -> None:
         typo(place, random)
     elif form < 0.9:
         said, words = random.choice(TRAIN)
-        says(place, said, "train.py", *TINY, *words)
+        files = any(word.startswith("dataset=") for word in words)  # which know no dataset.pairs
+        tiny = [word for word in TINY if not (files and word.startswith("dataset."))]
+        says(place, said, "train.py", *tiny, *words)
     else:
         said, words = random.choice(OTHERS)
         says(place, said, *words)
