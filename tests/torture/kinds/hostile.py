@@ -158,9 +158,7 @@ def hydra_in_file(place: Place, random: Random, canary: str) -> Attack:
 
 def secret(place: Place, random: Random, canary: str) -> Attack:
     """The configuration asks for a variable of the environment."""
-    key = random.choice(
-        ["name", "+tracker.tags.0", "outputs", "dataset.name", "+note", "model.path"]
-    )
+    key = random.choice(["name", "+tracker.tags.0", "+note", "seed.name"])
     value = random.choice(["${oc.env:HOSTILE_SECRET}", "x${oc.env:HOSTILE_SECRET,1}"])
     return [*TINY, f"{key}='{value}'"], True
 

@@ -75,7 +75,9 @@ def says(place: Place, said: str, *words: str) -> None:
 def typo(place: Place, random: Random) -> None:
     """A slip of the fingers in a key or an option: what was meant is offered."""
     if random.random() < 0.5:
-        key = random.choice([k for k in configuration() if "." in k and k.count(".") < 2])
+        key = random.choice(
+            [k for k in configuration() if "." in k and k.count(".") < 2 and "._" not in k]
+        )
         head, _, meant = key.rpartition(".")
         wrong = f"{head}.{slip(meant, random)}=1"
     else:
