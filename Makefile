@@ -6,8 +6,14 @@ READY := $(VENV)/ready
 FAST := losses weightings lists scores lambdas thompson_sampling chat data list_data checkpoint seeding fused items \
 	old_runs
 
+TORTURE_MINUTES ?= 30
+# TORCH=torch==X tries another version of torch than the pinned one in test-oldest and test-newest.
+TORCH ?= $(shell grep '^torch==' requirements.lock)
+PIP := pip install --quiet --disable-pip-version-check
+
 .DEFAULT_GOAL := help
-.PHONY: help env quickstart smollm2 bench test test-fast test-slurm test-gpu check format lock clean
+.PHONY: help env quickstart smollm2 bench test test-fast test-slurm test-gpu test-oldest test-newest test-in \
+	torture check licenses audit format lock clean
 
 help:  ## List these targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -36,6 +42,26 @@ test: env  ## Run all tests
 test-fast: env  ## Run the tests that find most mistakes, in a minute
 	$(BIN)/python -m pytest $(FAST:%=tests/test_%.py)
 
+torture: env  ## Try faults at random for TORTURE_MINUTES (30); TORTURE_SEED=N tries the same ones again
+	PYTHONPATH=tests $(BIN)/python -m torture --minutes $(TORTURE_MINUTES) $(TORTURE_SEED:%=--seed %)
+
+test-oldest:  ## Run the fast tests and the quickstart with the oldest allowed packages
+	mkdir -p $(VENV)-oldest
+	$(PYTHON) tests/dependencies.py oldest > $(VENV)-oldest/oldest.txt
+	$(MAKE) test-in FOLDER=$(VENV)-oldest CONSTRAINTS='-c $(VENV)-oldest/oldest.txt'
+
+test-newest:  ## The same with the newest allowed packages
+	$(MAKE) test-in FOLDER=$(VENV)-newest
+
+test-in:
+	$(PYTHON) -m venv $(FOLDER)
+	$(FOLDER)/bin/$(PIP) $(TORCH)
+	$(FOLDER)/bin/$(PIP) $(CONSTRAINTS) -e '.[dev]'
+	$(FOLDER)/bin/python -m pytest $(FAST:%=tests/test_%.py)
+	$(FOLDER)/bin/python train.py experiment=quickstart outputs=$(FOLDER)/outputs
+	$(FOLDER)/bin/pip freeze --exclude-editable
+	rm -rf $(FOLDER)
+
 test-slurm: env  ## Run sweeps on a throw-away SLURM, as root on Debian (tests/slurm/cluster.py install)
 	$(BIN)/python -m pytest tests/slurm -n 0
 
@@ -47,6 +73,16 @@ check: env  ## Lint, format, type-check, and check which package imports which
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
+
+licenses: env  ## Write docs/licenses.md; fail on a licence that is not known
+	$(BIN)/python tests/dependencies.py licenses > licenses.new
+	mv licenses.new docs/licenses.md
+
+audit:  ## Look for known vulnerabilities of the pinned packages; needs the network
+	$(PYTHON) -m venv $(VENV)-audit
+	$(VENV)-audit/bin/$(PIP) pip-audit
+	$(VENV)-audit/bin/pip-audit --strict --no-deps --disable-pip -r requirements.lock
+	rm -rf $(VENV)-audit
 
 format: env  ## Mend what ruff can
 	$(BIN)/ruff check --fix .
