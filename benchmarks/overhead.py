@@ -28,7 +28,8 @@ from benchmarks.ours import Clock, compose, trainer_of
 from benchmarks.results import Result, report
 from benchmarks.workload import BETA, Workload, measure
 from mrpo_lab.cli import path_argument
-from mrpo_lab.data.rows import parse_item, read_rows
+from mrpo_lab.data.reading import read_rows
+from mrpo_lab.data.rows import parse_item
 from mrpo_lab.data.texts import Item, TokenRow
 from mrpo_lab.data.tokenization import Tokenization
 from mrpo_lab.experiment import Experiment

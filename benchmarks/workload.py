@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 
-from mrpo_lab.data.rows import parse_item, read_rows
+from mrpo_lab.data.reading import read_rows
+from mrpo_lab.data.rows import parse_item
 from mrpo_lab.data.texts import Item, TokenRow
 from mrpo_lab.models.policy import PolicyConfig
 from mrpo_lab.scoring.packing import pack

@@ -17,7 +17,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mrpo_lab.data.dataset import FileDataset
-from mrpo_lab.data.rows import parse_item, read_rows
+from mrpo_lab.data.reading import read_rows
+from mrpo_lab.data.rows import parse_item
 from mrpo_lab.data.texts import Item
 from mrpo_lab.errors import UserError
 

@@ -20,7 +20,7 @@ from launchers.__main__ import parser
 from mrpo_lab import configs
 from mrpo_lab.command import named_seed
 from mrpo_lab.data.dataset import Dataset
-from mrpo_lab.data.rows import read_rows
+from mrpo_lab.data.reading import read_rows
 from mrpo_lab.merging import __main__ as merging
 from mrpo_lab.objective import losses
 from mrpo_lab.objective.scores import Scores, chosen_first
@@ -28,6 +28,7 @@ from mrpo_lab.objective.weighting import Context
 from mrpo_lab.objective.weighting.offline import Offline
 from mrpo_lab.report import __main__ as report
 from mrpo_lab.report import wandb_runs
+from mrpo_lab.storage import __main__ as storage
 
 ROOT = Path(__file__).parent.parent
 ROOT_PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
@@ -131,6 +132,9 @@ def test_other_command_names_what_exists(command: list[str]) -> None:
         return
     if command[:3] == ["python", "-m", "mrpo_lab.merging"]:
         merging.parser().parse_args(command[3:])
+        return
+    if command[:3] == ["python", "-m", "mrpo_lab.storage"]:
+        storage.parser().parse_args(command[3:])
         return
     assert command[0] == "make", command
     targets = re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text(), re.M)

@@ -11,7 +11,8 @@ from math import inf
 
 import numpy as np
 
-from mrpo_lab.data.rows import Row, parse_item, read_rows
+from mrpo_lab.data.reading import read_rows
+from mrpo_lab.data.rows import Row, parse_item
 from mrpo_lab.data.spool import Items
 from mrpo_lab.data.texts import Item
 from mrpo_lab.data.tokenization import Lengths, Tokenization

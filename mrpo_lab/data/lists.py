@@ -14,7 +14,7 @@ import torch
 
 from mrpo_lab.data.dataset import SPLITS, FileDataset, Prepared, count_leaks
 from mrpo_lab.data.ids import reply_ids
-from mrpo_lab.data.rows import Row, as_prompt, checked, separate
+from mrpo_lab.data.rows import Row, as_prompt, checked, column_names, separate, shown
 from mrpo_lab.data.spool import Items
 from mrpo_lab.data.texts import Item
 from mrpo_lab.data.tokenization import Tokenization
@@ -218,12 +218,12 @@ def parse_list(row: Row, where: str) -> Item:
     if given is None or not isinstance(replies, list) or not isinstance(ratings, Mapping):
         raise UserError(
             f"{where}: expected prompt, responses (a list) and ratings (aspect to a list), or "
-            f"instruction and completions; columns are {', '.join(map(str, row))}"
+            f"instruction and completions; columns are {column_names(row)}"
         )
     if not replies or not all(isinstance(reply, str) for reply in replies):
         raise UserError(f"{where}: responses must be texts, at least one")
     read = {
-        str(aspect): _numbers(values, f"{where}: ratings.{aspect}", len(replies))
+        str(aspect): _numbers(values, f"{where}: ratings.{shown(str(aspect))}", len(replies))
         for aspect, values in ratings.items()
         if values is not None
     }
@@ -237,10 +237,15 @@ def _completions(completions: Any, where: str) -> tuple[list[Any], dict[str, lis
     if not isinstance(completions, list) or not all(isinstance(c, Mapping) for c in completions):
         raise UserError(f"{where}: completions must be a list of objects")
     notes = [completion.get("annotations") or {} for completion in completions]
+    if not all(isinstance(note, Mapping) for note in notes):
+        raise UserError(f"{where}: annotations must be objects, one for each aspect")
     aspects = dict.fromkeys(aspect for note in notes for aspect in note)
-    ratings = {
-        aspect: [(note.get(aspect) or {}).get("Rating") for note in notes] for aspect in aspects
-    }
+    ratings = {}
+    for aspect in aspects:
+        given = [note.get(aspect) or {} for note in notes]
+        if not all(isinstance(each, Mapping) for each in given):
+            raise UserError(f"{where}: annotations.{shown(aspect)} must be an object with a Rating")
+        ratings[aspect] = [each.get("Rating") for each in given]
     return [completion.get("response") for completion in completions], ratings
 
 

@@ -1,189 +1,14 @@
-"""Reading rows of preference data from files and the hub, and parsing rows of pairs."""
+"""Parsing rows of preference data: prompts, replies and pairs."""
 
-import csv
-import gzip
-import io
-import json
 import re
-import zlib
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mrpo_lab.data.texts import Item, Message
 from mrpo_lab.errors import UserError, first_line
-from mrpo_lab.storage import hub
-from mrpo_lab.storage.files import local_path
 
 Row = Mapping[str, Any]
 ROLES = ("system", "user", "assistant")
-SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
-
-
-def read_rows(
-    path: str, split: str = "train", config: str | None = None
-) -> Iterator[tuple[str, Row]]:
-    """Yield (where, row) from a local file, a local copy of a hub data set, or the hub.
-
-    Args:
-        path: a .jsonl, .json, .csv (each also .gz) or .parquet file, a folder in the hub's layout,
-            or the name of a hub data set.
-        split: the split of a hub data set; files have none.
-        config: the configuration of a hub data set that has several.
-
-    Raises:
-        UserError: ``path`` does not exist or cannot be read, or the hub cannot be reached.
-    """
-    local = local_path(path)
-    if local.is_file():
-        yield from _file_rows(local)
-    elif local.is_dir() or not _looks_local(path):
-        for index, row in enumerate(_hub_rows(path, split, config)):
-            yield f"{path}[{split}] row {index}", row
-    else:
-        raise UserError(f"dataset.path: there is no file or folder {path}")
-
-
-def _looks_local(path: str) -> bool:
-    return (
-        path.startswith(("/", ".", "~"))
-        or path.endswith((*SUFFIXES, ".gz"))
-        or not (re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path))
-    )
-
-
-def _hub_rows(path: str, split: str, config: str | None) -> Iterator[Row]:
-    import datasets
-    from datasets.exceptions import DatasetNotFoundError, DatasetsError
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
-
-    # They show downloads file by file, and log what is raised as well.
-    datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
-    folder = local_path(path)
-    reason = None if folder.is_dir() else hub.use_cache_if_unreachable()
-    try:
-        if any((folder / f).is_file() for f in ("dataset_info.json", "dataset_dict.json")):
-            saved = datasets.load_from_disk(folder)
-            if isinstance(saved, datasets.DatasetDict) and split not in saved:
-                raise ValueError(f"there is none, choose from {', '.join(saved)}")
-            rows = saved[split] if isinstance(saved, datasets.DatasetDict) else saved
-        else:
-            rows = datasets.load_dataset(str(folder), config, split=split)
-    except (ConnectionError, OfflineModeIsEnabled, HfHubHTTPError, DatasetNotFoundError) as error:
-        refusal = reason or f"the hub refused it ({first_line(error)})"
-        raise hub.NotAtHandError(path, refusal) from error
-    except (OSError, KeyError, ValueError, DatasetsError) as error:
-        damage = folder.is_dir() and isinstance(error, DatasetsError) and _damage(folder)
-        problem = damage or _explained(error)
-        raise UserError(f"dataset.path: {path}, split {split}: {problem}") from error
-    yield from rows
-
-
-def _explained(error: BaseException) -> str:
-    """An error of ``datasets`` in one line, with the cause that its message leaves out."""
-    text = str(error)
-    if "Config name is missing" in text or "BuilderConfig" in text:
-        choices = re.search(r"\[.*?\]", text, re.DOTALL)
-        return f"choose its configuration, dataset.config, from {choices[0] if choices else text}"
-    root = error
-    while root.__cause__ is not None and not isinstance(root, (ConnectionError, KeyError)):
-        root = root.__cause__
-    lines = dict.fromkeys([first_line(error), first_line(root)])
-    return ": ".join(lines)
-
-
-def _damage(folder: Path) -> str | None:
-    """Why ``datasets`` cannot read a folder's files as one table: which file is damaged, or which
-    two differ in their columns; None if neither is found."""
-    columns: dict[Path, list[str]] = {}
-    for file in sorted(folder.rglob("*")):
-        if not file.name.removesuffix(".gz").endswith((".jsonl", ".csv", ".parquet")):
-            continue
-        try:
-            for where, row in _file_rows(file):
-                if not isinstance(row, Mapping):
-                    return f"{where}: expected an object, got {type(row).__name__}"
-                columns.setdefault(file, list(row))
-        except UserError as error:
-            return str(error)
-    for file, names in columns.items():
-        first, expected = next(iter(columns.items()))
-        odd = sorted({*names} ^ {*expected})
-        if odd:
-            return (
-                f"{first} and {file} differ in their columns ({', '.join(odd)}): give one of the "
-                "files as dataset.path, or each its own configuration"
-            )
-    return None
-
-
-def _file_rows(path: Path) -> Iterator[tuple[str, Row]]:
-    suffix = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
-    if suffix == ".parquet":
-        import pyarrow.parquet as pq
-
-        try:
-            # The default, 65,536 rows, takes much memory as Python objects.
-            batches = pq.ParquetFile(path).iter_batches(batch_size=1024)
-            rows = (row for batch in batches for row in batch.to_pylist())
-            yield from ((f"{path} row {index}", row) for index, row in enumerate(rows))
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path}: damaged or no parquet file: {first_line(error)}") from error
-        return
-    if suffix not in SUFFIXES:
-        raise UserError(f"{path}: expected {', '.join(SUFFIXES)}, the text ones also with .gz")
-    with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as raw:
-        # utf-8-sig drops the byte order mark of spreadsheets; newline="" keeps line ends in texts.
-        text = io.TextIOWrapper(raw, encoding="utf-8-sig", newline="")
-        try:
-            yield from {".jsonl": _jsonl, ".json": _json, ".csv": _csv}[suffix](path, text)
-        except (UnicodeDecodeError, gzip.BadGzipFile, EOFError, zlib.error, csv.Error) as error:
-            raise UserError(f"{path}: damaged: {first_line(error)}") from error
-
-
-def _jsonl(path: Path, text: io.TextIOWrapper) -> Iterator[tuple[str, Row]]:
-    for number, line in enumerate(text, start=1):
-        if line.strip():
-            yield f"{path} line {number}", _loads(line, f"{path} line {number}")
-
-
-def _json(path: Path, text: io.TextIOWrapper) -> Iterator[tuple[str, Row]]:
-    content = text.read()
-    try:
-        rows = _loads(content, str(path))
-    except UserError:
-        first = content.lstrip().partition("\n")[0]
-        if first.startswith("{") and first.rstrip().endswith("}"):  # one object a line
-            rows = None
-        else:
-            raise
-    if not isinstance(rows, list):
-        raise UserError(
-            f"{path}: expected a list of objects, one a pair; for one a line use .jsonl"
-        )
-    yield from ((f"{path} row {index}", row) for index, row in enumerate(rows))
-
-
-def _csv(path: Path, text: io.TextIOWrapper) -> Iterator[tuple[str, Row]]:
-    csv.field_size_limit(1 << 30)
-    reader = csv.DictReader(text, strict=True)
-    for row in reader:
-        if None in row:
-            raise UserError(f"{path} line {reader.line_num}: more cells than columns")
-        yield f"{path} line {reader.line_num}", row
-
-
-def _loads(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"{where}: not valid JSON: {error.msg} at line {error.lineno} column {error.colno}"
-        ) from error
-    except (ValueError, RecursionError) as error:  # numbers of too many digits, too deep a nesting
-        problem = first_line(error).partition(";")[0]
-        raise UserError(f"{where}: JSON that cannot be read: {problem}") from error
 
 
 def parse_item(row: Row, where: str) -> Item:
@@ -206,7 +31,7 @@ def parse_item(row: Row, where: str) -> Item:
         raise UserError(f"{where}: a list of replies, which dataset=jsonl_lists reads")
     if missing:
         raise UserError(
-            f"{where}: no {' and no '.join(missing)}; columns are {', '.join(map(str, row))}; "
+            f"{where}: no {' and no '.join(missing)}; columns are {column_names(row)}; "
             "expected prompt, chosen, rejected or response_0, response_1, better_response_id"
         )
     given = row.get("prompt")
@@ -251,7 +76,7 @@ def separate(
             roles = [message["role"] for message in reply]
             raise UserError(
                 f"{where}: {key} must end in one assistant reply after the prompt that both share, "
-                f"got {roles or 'nothing'}"
+                f"got {roles[:6] or 'nothing'}"
             )
         texts.append(reply[0]["content"])
     return _joined(given or [], shared, where), texts
@@ -277,6 +102,17 @@ def as_turns(given: Any, where: str) -> list[Message]:
     return turns[:-1] if turns[-1:] == _reply("") else turns
 
 
+def column_names(row: Row) -> str:
+    """The names of a row's columns for a message: the first ones, and each in one short line."""
+    names = [shown(str(name)) for name in row]
+    return ", ".join([*names[:12], *["..."] * (len(names) > 12)])
+
+
+def shown(name: str) -> str:
+    """A name from the data for a message: as it is, or quoted and cut where it is long or odd."""
+    return name if name.isprintable() and len(name) <= 40 else repr(name[:40])
+
+
 def checked(item: Item, where: str) -> Item:
     """Return the item if its texts can be encoded as UTF-8.
 
@@ -284,7 +120,8 @@ def checked(item: Item, where: str) -> Item:
         UserError: a text holds half of a surrogate pair.
     """
     try:
-        "".join([*(message["content"] for message in item.prompt), *item.replies]).encode()
+        contents = (message["content"] for message in item.prompt)
+        "".join([*contents, *item.replies, *item.ratings]).encode()
     except UnicodeEncodeError as error:
         raise UserError(f"{where}: not valid Unicode: {first_line(error)}") from error
     return item
@@ -295,7 +132,7 @@ def _from_pku(row: Row, where: str) -> Row:
     better = row["better_response_id"]
     if better not in (0, 1, "0", "1") or "prompt" not in row:
         raise UserError(
-            f"{where}: better_response_id must be 0 or 1, beside a prompt; got {better!r}"
+            f"{where}: better_response_id must be 0 or 1, beside a prompt; got {repr(better)[:40]}"
         )
     replies = [row.get("response_0"), row.get("response_1")]
     if None in replies:
