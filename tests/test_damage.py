@@ -18,6 +18,8 @@ from harness import TINY, assert_same, compose, experiment, killed, read_json
 
 import mrpo_lab
 from launchers.__main__ import main as launchers_main
+from launchers.composing import digest
+from launchers.job import unchanged
 from launchers.sweep import Plan, Record, Sweep
 from launchers.tasks import Train
 from mrpo_lab.errors import UserError
@@ -248,6 +250,17 @@ def test_damaged_file_of_a_sweep(
         assert code == 0
         (outputs / "run" / "result.json").unlink()
         assert f"dead: record {file}: damaged (" in launchers(outputs, "status")[1]
+
+
+def test_configuration_of_a_job_that_has_changed(tmp_path: Path) -> None:
+    (tmp_path / "draft" / "loss").mkdir(parents=True)
+    file = tmp_path / "draft" / "loss" / "mdpo.yaml"
+    file.write_text("beta: 5.0\n")
+    conf = (tmp_path / "draft").rename(tmp_path / digest(tmp_path / "draft"))
+    assert unchanged(conf) == conf
+    flip(conf / "loss" / "mdpo.yaml", conf)
+    with pytest.raises(UserError, match="its files have changed since the sweep was dispatched"):
+        unchanged(conf)
 
 
 # The command that trained the run: it shows the result, mends it, or refuses it in one line.
