@@ -298,6 +298,7 @@ def _misfits(
             yield f"{path}.{key}: {problem}"
 
 
+@cache
 def _hints(function: Any) -> dict[str, Any]:
     """Type hints of a function's parameters; of a dataclass, also of those that it inherits."""
     if is_dataclass(function):

@@ -305,7 +305,7 @@ def check_optimizer(optimizer: Callable[..., torch.optim.Optimizer]) -> None:
     """
     try:
         optimizer([torch.nn.Parameter(torch.zeros(1))])
-    except (ValueError, TypeError, RuntimeError) as error:
+    except (ValueError, TypeError, LookupError, RuntimeError) as error:
         raise UserError(f"optimizer: {first_line(error)}") from error
 
 

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 from harness import CONF, TINY, Opened, compose, train_py
@@ -14,8 +15,10 @@ from hydra.types import RunMode
 import mrpo_lab
 from mrpo_lab import configs, targets
 from mrpo_lab.composition import open_hydra, without_hydra
+from mrpo_lab.console import UNPRINTABLE
 from mrpo_lab.errors import UserError
 from mrpo_lab.redaction import redact
+from mrpo_lab.report.reading import make_record
 from mrpo_lab.runs.provenance import provenance
 
 pytest_plugins = ("surroundings",)
@@ -269,3 +272,17 @@ def test_remote_code_needs_consent_outside_of_the_configuration(
         configs.check(cfg)
     monkeypatch.setenv(configs.TRUST, "1")
     configs.check(cfg)
+
+
+def test_report_of_strange_runs_has_printable_texts_only() -> None:
+    """The program that draws its figures stops at a control character."""
+    strange = "a\x1b[31m"
+    frame = pd.DataFrame({strange: [strange], "step": [1.0]})
+    tree = {strange: [strange, 1, None, {"x": strange}]}
+    record = make_record(
+        strange, strange, tree, {**tree, "error": strange}, [tree], frame, frame, None, 0.0
+    )
+    assert not UNPRINTABLE.search(repr(record).replace("\n", ""))
+    assert "\x1b" not in "".join(record.metrics.columns) + record.metrics.iloc[0, 0]
+    assert record.metrics["step"].tolist() == [1.0]
+    assert list(record.config) == [r"a\x1b[31m"]
