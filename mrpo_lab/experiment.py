@@ -30,6 +30,7 @@ from mrpo_lab.runs.folder import Run
 from mrpo_lab.runs.inputs import local_inputs
 from mrpo_lab.runs.summary import print_summary
 from mrpo_lab.runs.tracking import LocalTracker, Tracker
+from mrpo_lab.scoring.memory import fitting
 from mrpo_lab.seeding import Seeds
 from mrpo_lab.storage.hub import NotAtHandError, missing
 from mrpo_lab.training.config import TrainConfig
@@ -41,6 +42,9 @@ from mrpo_lab.training.trainer import Trainer
 from mrpo_lab.training.workers import Workers
 
 logger = logging.getLogger(__name__)
+
+UNFIT = ("this run", "give it more memory, or take a smaller model or less data")
+"""What is said where memory runs out and no setting alone is the cause."""
 
 
 def run_experiment(
@@ -61,7 +65,8 @@ def run_experiment(
         print_summary(run.folder, run.result)
         return run.result
     workers = Workers.start()
-    with run.locked() if workers.is_main else nullcontext():
+    locked = run.locked() if workers.is_main else nullcontext()
+    with fitting(*UNFIT), undisturbed(), locked:
         run.inputs = local_inputs(resolved) if workers.is_main else {}
         experiment = Experiment.build(cfg, workers)
         recorder = Recorder(run, experiment.tracker, resolved, active=workers.is_main)
@@ -83,8 +88,9 @@ def score_reference(cfg: DictConfig, slug: str) -> int:
     with named("tracker"):  # the runs that wait for these scores would be refused
         experiment.tracker.check()
     alone = replace(experiment.references, use=[slug])
-    prepared = experiment.prepare(alone.members)
-    alone.scores(prepared.items, prepared.ids, experiment.workers.device)
+    with fitting(*UNFIT):
+        prepared = experiment.prepare(alone.members)
+        alone.scores(prepared.items, prepared.ids, experiment.workers.device)
     return len(prepared.items)
 
 
@@ -166,7 +172,8 @@ class Experiment:
         before = policy.generate(prompts, self.config.sample_tokens)
         trainer.start()
         try:
-            trainer.fit()
+            with fitting(*UNFIT):
+                trainer.fit()
         except (Exception, KeyboardInterrupt) as error:
             recorder.fail(error, trainer.state)
             raise
@@ -290,6 +297,18 @@ class Experiment:
             policy_tokens=torch.from_numpy(policy.astype(np.int64)),
             bytes=torch.from_numpy(byte_lengths(prepared.items)),
         )
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Leave torch's number of threads and random state as they are: a notebook goes on."""
+    threads = torch.get_num_threads()
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        if torch.get_num_threads() != threads:
+            torch.set_num_threads(threads)
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.utils import logging as transformers_logging
 
 from mrpo_lab.errors import UserError, first_line
+from mrpo_lab.scoring.memory import fitting, is_out_of_memory
 
 META = torch.device("meta")
 """The device on which a model has shapes and no numbers: loading there takes no memory."""
@@ -44,7 +45,8 @@ def load_model(
         device: on ``META`` shapes and names are checked without reading any number.
 
     Raises:
-        UserError: not a causal language model in safetensors; or a tensor is missing, has no place
+        UserError: the weights do not fit into memory; not a causal language model in safetensors;
+            or a tensor is missing, has no place
             in the model, or has another shape. transformers would fill it at random.
     """
     settings: dict[str, Any] = {}
@@ -54,7 +56,8 @@ def load_model(
     placed = bool(quantization or stored_quantization(folder)) or device == META
     if placed:
         settings["device_map"] = {"": device}
-    with _no_report():
+    unfit = f"{path}: a model of dtype {str(dtype).removeprefix('torch.')}"
+    with fitting(unfit, "choose a smaller dtype or model, or set quantization"), _no_report():
         try:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder,
@@ -67,12 +70,14 @@ def load_model(
             )
         # What a folder of somebody else's makes transformers raise is of any class.
         except Exception as error:
+            if is_out_of_memory(error):
+                raise
             raise UserError(f"{path}: cannot be loaded: {first_line(error)}") from error
-    model, report = loaded
-    _check_report(path, model, report, device)
-    model.eval()
-    on_device: nn.Module = model if placed else model.to(device)
-    return on_device
+        model, report = loaded
+        _check_report(path, model, report, device)
+        model.eval()
+        on_device: nn.Module = model if placed else model.to(device)
+        return on_device
 
 
 def _bitsandbytes(quantization: str, dtype: torch.dtype) -> BitsAndBytesConfig:

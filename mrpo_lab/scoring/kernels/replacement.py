@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mrpo_lab.scoring.memory import is_out_of_memory
+
 
 @torch.no_grad()
 def replace_forward(
@@ -21,7 +23,9 @@ def replace_forward(
     """
     try:
         same = torch.allclose(forward(layer, sample), layer(sample), rtol=tolerance, atol=0)
-    except (TypeError, ValueError, AttributeError, RuntimeError):
+    except (TypeError, ValueError, AttributeError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
         return  # the layer takes or returns something else than one tensor
     if same:
         set_forward(layer, forward)
