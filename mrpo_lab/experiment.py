@@ -30,6 +30,7 @@ from mrpo_lab.runs.folder import Run
 from mrpo_lab.runs.inputs import local_inputs
 from mrpo_lab.runs.summary import print_summary
 from mrpo_lab.runs.tracking import LocalTracker, Tracker
+from mrpo_lab.scoring.memory import fitting
 from mrpo_lab.seeding import Seeds
 from mrpo_lab.storage.hub import NotAtHandError, missing
 from mrpo_lab.training.config import TrainConfig
@@ -42,6 +43,9 @@ from mrpo_lab.training.trainer import Trainer
 from mrpo_lab.training.workers import Workers
 
 logger = logging.getLogger(__name__)
+
+UNFIT = ("this run", "give it more memory, or take a smaller model or less data")
+"""What is said where memory runs out and no setting alone is the cause."""
 
 
 def run_experiment(
@@ -63,7 +67,8 @@ def run_experiment(
         print_summary(run.folder, finished)
         return finished
     workers = Workers.start()
-    with run.locked() if workers.is_main else nullcontext():
+    locked = run.locked() if workers.is_main else nullcontext()
+    with fitting(*UNFIT), undisturbed(), locked:
         run.inputs = local_inputs(resolved) if workers.is_main else {}
         experiment = Experiment.build(cfg, workers)
         recorder = Recorder(run, experiment.tracker, resolved, active=workers.is_main)
@@ -88,8 +93,9 @@ def score_reference(cfg: DictConfig, slug: str) -> int:
     ):  # the runs that wait for these scores would be refused
         experiment.tracker.check()
     alone = replace(experiment.references, use=[slug])
-    prepared = experiment.prepare(alone.members)
-    alone.scores(prepared.items, prepared.ids, experiment.workers.device)
+    with fitting(*UNFIT):
+        prepared = experiment.prepare(alone.members)
+        alone.scores(prepared.items, prepared.ids, experiment.workers.device)
     return len(prepared.items)
 
 
@@ -171,7 +177,8 @@ class Experiment:
         before = policy.generate(prompts, self.config.sample_tokens)
         trainer.start()
         try:
-            trainer.fit()
+            with fitting(*UNFIT):
+                trainer.fit()
         except (Exception, KeyboardInterrupt) as error:
             recorder.fail(error, trainer.state)
             raise
@@ -307,6 +314,18 @@ def check_optimizer(optimizer: Callable[..., torch.optim.Optimizer]) -> None:
         optimizer([torch.nn.Parameter(torch.zeros(1))])
     except (ValueError, TypeError, LookupError, RuntimeError) as error:
         raise UserError(f"optimizer: {first_line(error)}") from error
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Leave torch's number of threads and random state as they are: a notebook goes on."""
+    threads = torch.get_num_threads()
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        if torch.get_num_threads() != threads:
+            torch.set_num_threads(threads)
 
 
 @contextmanager

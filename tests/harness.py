@@ -19,7 +19,7 @@ import pytest
 import torch
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
-from torch import Tensor
+from torch import Tensor, nn
 
 from launchers.cluster import Cluster
 from launchers.composing import Composer
@@ -199,3 +199,11 @@ def close(left: Sequence[dict[str, float]], right: Sequence[dict[str, float]], b
     assert [line.keys() for line in left] == [line.keys() for line in right]
     pairs = ((a[k], b[k]) for a, b in zip(left, right, strict=True) for k in a)
     return all(a == pytest.approx(b, abs=by, rel=by) for a, b in pairs)
+
+
+def replaced(model: nn.Module) -> list[str]:
+    """Names of the layers whose forward pass is this project's own."""
+    own = "mrpo_lab.scoring.kernels."
+    return [
+        n for n, layer in model.named_modules() if type(layer).forward.__module__.startswith(own)
+    ]

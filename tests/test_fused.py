@@ -6,6 +6,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from harness import replaced
 from test_packing import OTHERS
 from test_scoring import CONFIGS, build
 from torch import Tensor, nn
@@ -94,12 +95,7 @@ class TestLoRA:
     def test_what_is_more_than_lora_stays_pefts(self, options: dict[str, Any]) -> None:
         model = adapted(torch.float32, **options)
         lora.fuse(model)
-        assert not any("forward" in vars(layer) for layer in model.modules())
-
-
-def replaced(model: nn.Module) -> list[str]:
-    """Names of the layers whose forward was replaced."""
-    return [name for name, layer in model.named_modules() if "forward" in vars(layer)]
+        assert not replaced(model)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

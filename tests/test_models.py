@@ -9,7 +9,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from harness import TINY, compose
+from harness import TINY, compose, replaced
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from whole_logits import assert_same_gradient, gradient, slow_score, weighted
@@ -209,9 +209,6 @@ def test_narrow_dtypes_are_scored_near_float32(mistral: Path, dtype: str, tolera
 class TestKernels:
     """``kernels=off`` computes with plain transformers and peft."""
 
-    def replaced(self, model: nn.Module) -> list[str]:
-        return [name for name, layer in model.named_modules() if "forward" in vars(layer)]
-
     @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
     def test_nothing_is_replaced_and_scores_agree(
         self, mistral: Path, adapter: Path, dtype: str
@@ -251,19 +248,19 @@ class TestKernels:
         width = max(len(row.ids) for row in rows)
         whole_logits = any(shape[:2] == (len(rows), width) for shape in shapes)
         assert whole_logits == plain
-        assert (not self.replaced(model)) == plain
+        assert (not replaced(model)) == plain
         assert causal.config._attn_implementation == ("sdpa" if plain else "packed_or_sdpa")
         assert scorer.packs != plain
 
     def test_a_policy_is_fused_once_its_adapter_is_there(self, mistral: Path) -> None:
         lora = {**LORA, "target_modules": "all-linear"}
         config = PolicyConfig(path=str(mistral), dtype="float32", lora=lora)
-        names = self.replaced(config.build(CPU, seed=0).model)
+        names = replaced(config.build(CPU, seed=0).model)
         assert sum(name.endswith("norm") for name in names) == 2 * 3 + 1
         assert sum(name.endswith(".mlp") for name in names) == 3
         assert sum(name.endswith("_proj") for name in names) == 7 * 3
         full = replace(config, lora=None).build(CPU, seed=0).model
-        assert {name.rpartition(".")[2] for name in self.replaced(full)} == {"mlp"}
+        assert {name.rpartition(".")[2] for name in replaced(full)} == {"mlp"}
 
     def test_layers_are_replaced_on_the_device_of_the_model(
         self, mistral: Path, monkeypatch: pytest.MonkeyPatch

@@ -126,7 +126,7 @@ def test_infinity_stops_the_run_and_is_named(
     assert result(experiment(tmp_path, *overrides))["steps"] == 5
 
 
-def test_infinite_weight_of_the_policy_is_named(tmp_path: Path) -> None:
+def test_score_of_an_evaluation_that_is_not_finite_is_named(tmp_path: Path) -> None:
     real = PolicyConfig.build
 
     def build(self: PolicyConfig, device: torch.device, seed: int) -> Policy:
@@ -138,9 +138,22 @@ def test_infinite_weight_of_the_policy_is_named(tmp_path: Path) -> None:
 
     with mock.patch.object(PolicyConfig, "build", build), pytest.raises(UserError) as stopped:
         experiment(tmp_path, LORA)
-    assert "step 1: the loss of pair " in str(stopped.value)
-    assert "the policy's log-probability of its chosen reply is nan" in str(stopped.value)
+    said = "evaluation: the policy's log-probability of the chosen reply of pair "
+    assert str(stopped.value).startswith(said)
     assert result(tmp_path / "run")["status"] == "failed"
+    assert not (tmp_path / "run" / "checkpoint").exists()
+
+
+def test_step_that_makes_a_weight_infinite_is_named(tmp_path: Path) -> None:
+    """The largest number in float16 is 65504."""
+    how = ("model.dtype=float16", "optimizer.lr=1e6", "train.checkpoint_every=1")
+    with pytest.raises(UserError) as stopped:
+        experiment(tmp_path, *how)
+    message = str(stopped.value)
+    assert message.startswith("step 1: the optimizer step makes ")
+    assert message.endswith("infinite, though its gradient is finite: lower optimizer.lr")
+    assert result(tmp_path / "run")["error"] == message
+    assert not (tmp_path / "run" / "checkpoint").exists()
 
 
 @pytest.mark.parametrize("weighting", ["arwc", "swcw"])

@@ -18,12 +18,14 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from jaxtyping import Float, Int
+from torch import Tensor
 
 from mrpo_lab.data.conformance import first_problem
 from mrpo_lab.data.texts import Item, Replies
 from mrpo_lab.data.tokenization import Tokenization
 from mrpo_lab.objective.scores import Scores, chosen_first
 from mrpo_lab.scoring.agreement import difference
+from mrpo_lab.scoring.memory import PassSize, fitting
 from mrpo_lab.scoring.scorer import ReplyScorer
 
 SAMPLE = 8
@@ -95,10 +97,15 @@ def measure(
         reload: loads the model again; None where that costs too much.
     """
     flat = [row for item in rows for row in item]
-    with torch.no_grad():
+    one_by_one = [(row,) for row in flat]
+    with torch.no_grad(), fitting("a reply with its prompt", "lower dataset.max_tokens"):
         alone = torch.stack([scorer.padded_logps([row])[0][0] for row in flat])
-        together, counts = scorer.logps(rows)
-        left, _ = scorer.padded_logps(flat, "left")
+        together, counts = _in_one_pass(scorer.logps, rows, scorer.costs(rows))
+        left, _ = _in_one_pass(
+            lambda items: scorer.padded_logps([row for (row,) in items], "left"),
+            one_by_one,
+            [len(row.ids) for row in flat],
+        )
         again = alone
         if reload is not None:
             other = reload()
@@ -109,6 +116,26 @@ def measure(
     )
     tokens = counts.cpu().numpy()
     return Measured(alone_, together_, left_, again_, tokens, np.full_like(tokens, vocabulary))
+
+
+def _in_one_pass(
+    compute: Callable[[Sequence[Replies]], tuple[Tensor, Tensor]],
+    items: Sequence[Replies],
+    costs: Sequence[int],
+) -> tuple[Tensor, Tensor]:
+    """Sums and counts of all replies by one pass, or by a few where it does not fit into memory."""
+    replies = torch.arange(sum(map(len, items))).split([len(item) for item in items])
+    sums = torch.zeros(sum(map(len, items)), dtype=torch.float64)
+    counts = torch.zeros_like(sums, dtype=torch.int64)
+
+    def part(indices: list[int]) -> None:
+        chosen = sorted(indices)
+        places = torch.cat([replies[i] for i in chosen])
+        found = compute([items[i] for i in chosen])
+        sums[places], counts[places] = (values.cpu() for values in found)
+
+    PassSize(sum(costs), "dataset.max_tokens").run(costs, part)
+    return sums, counts
 
 
 def judge(slug: str, measured: Measured, dtype: str) -> list[Finding]:

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.utils import logging as transformers_logging
 
 from mrpo_lab.errors import UserError, first_line
+from mrpo_lab.scoring.memory import fitting, is_out_of_memory
 from mrpo_lab.storage.model_files import check_small_files, read_object
 
 META = torch.device("meta")
@@ -48,7 +49,8 @@ def load_model(
     Raises:
         UserError: not a causal language model in safetensors; or a tensor is missing, has no place
             in the model, or has another shape, where transformers would fill it at random; or
-            weights are not finite, or quantized in a way that transformers does not know.
+            weights are not finite, or quantized in a way that transformers does not know, or do not
+            fit into memory.
     """
     if device != META and quantization:  # whose numbers show no longer what they were made of
         for file in sorted(folder.glob("*.safetensors")):
@@ -60,7 +62,8 @@ def load_model(
     placed = bool(quantization or stored_quantization(folder)) or device == META
     if placed:
         settings["device_map"] = {"": device}
-    with _no_report():
+    unfit = f"{path}: a model of dtype {str(dtype).removeprefix('torch.')}"
+    with fitting(unfit, "choose a smaller dtype or model, or set quantization"), _no_report():
         try:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder,
@@ -73,20 +76,22 @@ def load_model(
             )
         # What a folder of somebody else's makes transformers raise is of any class.
         except Exception as error:
+            if is_out_of_memory(error):
+                raise
             raise UserError(f"{path}: cannot be loaded: {first_line(error)}") from error
-    model, report = loaded
-    stored = stored_quantization(folder)
-    if stored and getattr(model, "hf_quantizer", None) is None:
-        raise UserError(
-            f"{path}: transformers does not know {stored}, by which config.json says that the "
-            "weights are quantized: they would be read as raw numbers"
-        )
-    _check_report(path, model, report, device)
-    model.eval()
-    on_device: nn.Module = model if placed else model.to(device)
-    if device != META:
-        _check_finite(on_device.named_parameters(), f"{path}: {folder}")
-    return on_device
+        model, report = loaded
+        stored = stored_quantization(folder)
+        if stored and getattr(model, "hf_quantizer", None) is None:
+            raise UserError(
+                f"{path}: transformers does not know {stored}, by which config.json says that the "
+                "weights are quantized: they would be read as raw numbers"
+            )
+        _check_report(path, model, report, device)
+        model.eval()
+        on_device: nn.Module = model if placed else model.to(device)
+        if device != META:
+            _check_finite(on_device.named_parameters(), f"{path}: {folder}")
+        return on_device
 
 
 def _bitsandbytes(quantization: str, dtype: torch.dtype) -> BitsAndBytesConfig:

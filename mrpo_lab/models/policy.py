@@ -16,6 +16,7 @@ from mrpo_lab.data.tokenization import Tokenization
 from mrpo_lab.errors import UserError
 from mrpo_lab.models.adapters import lora_config, with_lora
 from mrpo_lab.models.weights import ModelSource
+from mrpo_lab.scoring.memory import fitting
 from mrpo_lab.scoring.scorer import ReplyScorer, evaluating
 
 
@@ -104,11 +105,16 @@ class Policy:
         tokenizer.save_pretrained(folder)
 
     def generate(self, prompts: Sequence[Sequence[Message]], max_new_tokens: int) -> list[str]:
-        """Greedy replies, one prompt at a time, that end where the model's positions do."""
+        """Greedy replies, one prompt at a time, that end where the model's positions do.
+
+        Raises:
+            UserError: a reply does not fit into memory.
+        """
         tokenizer = self.tokenization.format.tokenizer
         model: Any = self.model
         replies = []
-        with evaluating(model):
+        advice = "lower train.sample_tokens, or set train.samples=0"
+        with fitting("answering a test prompt", advice), evaluating(model):
             for prompt in prompts:
                 text = self.tokenization.format.prompt_text(prompt)
                 ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]

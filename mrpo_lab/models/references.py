@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from mrpo_lab.models.stored_scores import StoredScores
 from mrpo_lab.models.weights import ModelSource
 from mrpo_lab.objective.scores import Scores
 from mrpo_lab.progress import progress
+from mrpo_lab.scoring.memory import PassSize, release
 from mrpo_lab.scoring.scorer import ReplyScorer
 from mrpo_lab.storage.tables import Table
 
@@ -277,9 +277,7 @@ class ReferenceSet:
         stored.add_measured(ids, sample, measured)
         self._score_missing(scorer, stored, rows, ids, missing, costs, reference.slug)
         del scorer
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+        release()
         return findings
 
     def _again(self, reference: Reference, device: torch.device) -> ReplyScorer:
@@ -299,9 +297,17 @@ class ReferenceSet:
         order = np.argsort([-cost for cost in costs[: len(missing)]], kind="stable")
         by_length = np.array(missing, dtype=int)[order]
         replies = sum(len(rows[i]) for i in missing)
+        size = PassSize(self.token_budget, "reference_set.token_budget")
         with progress(replies, f"scoring {slug}", "reply") as bar:
             for part in np.split(by_length, range(SHARD_ROWS, len(missing), SHARD_ROWS)):
-                scores = scorer.score([rows[i] for i in part], self.token_budget, bar.update)
+                scores = scorer.score([rows[i] for i in part], size, bar.update)
+                wrong = (~torch.isfinite(scores.sums)).any(-1).nonzero().flatten().tolist()
+                if wrong:
+                    raise UserError(
+                        f"reference {slug}: its log-probability of a reply of item "
+                        f"{part[wrong[0]]} of the pool is not finite: set its dtype to bfloat16 or "
+                        "float32"
+                    )
                 columns = {"sums": scores.sums.numpy(), "counts": scores.counts.numpy()}
                 stored.scores.append(ids[part][:, : scores.sums.shape[1]], columns)
 

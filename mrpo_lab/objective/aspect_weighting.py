@@ -175,7 +175,11 @@ class TableLambda(LambdaSampler):
             raise ValueError("rows: give at least one, {aspect: weight}")
         self._rows = [checked_weights(row) for row in rows]
         given = [1.0] * len(rows) if probabilities is None else probabilities
-        if len(given) != len(rows) or any(not p >= 0 for p in given) or not sum(given) > 0:
+        if (
+            len(given) != len(rows)
+            or any(not p >= 0 for p in given)
+            or not 0 < sum(given) < math.inf
+        ):
             raise ValueError(f"probabilities must be {len(rows)} numbers of 0 or more, got {given}")
         self._probabilities = np.array(given) / sum(given)
 
@@ -309,7 +313,7 @@ def checked_weights(weights: Mapping[str, float]) -> dict[str, float]:
     Raises:
         ValueError: one is negative or not finite, or all are 0.
     """
-    if any(not math.isfinite(w) or w < 0 for w in weights.values()) or not sum(weights.values()):
+    if any(not w >= 0 for w in weights.values()) or not 0 < sum(weights.values()) < math.inf:
         raise ValueError(f"weights must be finite, not negative and not all 0, got {dict(weights)}")
     return dict(weights)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -222,11 +222,20 @@ class Block:
         return int(self.prefix.stop - self.prefix.start)
 
 
-@lru_cache(maxsize=8)  # all layers of a pass and of its backward pass ask for the same
 def blocks(
     layout: Layout, window: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[Block, ...]:
-    """The blocks of a packed row: one for each short item, several for a long one."""
+    """The blocks of a packed row, made once: one for each short item, several for a long one."""
+    key = (window, dtype, device)
+    if key not in layout.blocks:
+        layout.blocks[key] = _make_blocks(layout, *key)
+    found: tuple[Block, ...] = layout.blocks[key]
+    return found
+
+
+def _make_blocks(
+    layout: Layout, window: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Block, ...]:
     found = []
     for _, group in groupby(layout.segments, key=lambda segment: segment.prefix_start):
         item = tuple(group)

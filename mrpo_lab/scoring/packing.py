@@ -7,8 +7,8 @@ position is spent on padding. ``attention`` lets each reply attend to its prompt
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -45,6 +45,8 @@ class Layout:
     """The segments of a packed row: all that attention has to know of it."""
 
     segments: tuple[Segment, ...]
+    blocks: dict[Any, Any] = field(default_factory=dict, repr=False)
+    """What ``attention.blocks`` made of it, which all layers of a pass ask for."""
 
     @property
     def tokens(self) -> int:

@@ -29,7 +29,8 @@ from mrpo_lab.scoring.agreement import (
 from mrpo_lab.scoring.backend import Backend, backend_for
 from mrpo_lab.scoring.head import Head, log_softmax_at, widened
 from mrpo_lab.scoring.limits import check_rows, max_positions
-from mrpo_lab.scoring.packing import balanced, longest_and_median, pack, packed_tokens
+from mrpo_lab.scoring.memory import PassSize, fitting, is_out_of_memory
+from mrpo_lab.scoring.packing import longest_and_median, pack, packed_tokens
 from mrpo_lab.scoring.padding import Side, collate
 
 logger = logging.getLogger(__name__)
@@ -162,28 +163,38 @@ class ReplyScorer:
     def score(
         self,
         items: Sequence[Replies],
-        token_budget: int,
+        token_budget: int | PassSize,
         advance: Callable[[int], object] = lambda replies: None,
     ) -> Scores:
         """Scores of all items on the CPU, in evaluation mode and without gradients.
 
         Args:
-            token_budget: largest number of tokens in one forward pass; see ``costs``.
+            token_budget: largest number of tokens in one forward pass; see ``costs``. A number is
+                halved once if such a pass does not fit into memory, a ``PassSize`` for good.
             advance: called after each forward pass with its number of replies.
 
         Returns:
             Scores (N, R), R the number of replies of the longest item.
+
+        Raises:
+            UserError: half of ``token_budget`` does not fit into memory either, or one item alone.
         """
+        size = token_budget
+        if not isinstance(size, PassSize):
+            size = PassSize(size, "token_budget")
         width = max(map(len, items), default=0)
         sums = torch.zeros(len(items), width, dtype=torch.float64)
         counts = torch.zeros(len(items), width, dtype=torch.int64)
+
+        def compute(chosen: list[int]) -> None:
+            batch_sums, batch_counts = self.logps([items[i] for i in chosen])
+            replies = [len(items[i]) for i in chosen]
+            sums[chosen] = per_prompt(batch_sums.cpu(), replies, width)
+            counts[chosen] = per_prompt(batch_counts.cpu(), replies, width)
+            advance(sum(replies))
+
         with evaluating(self.model):
-            for chosen in balanced(self.costs(items), token_budget):
-                batch_sums, batch_counts = self.logps([items[i] for i in chosen])
-                replies = [len(items[i]) for i in chosen]
-                sums[chosen] = per_prompt(batch_sums.cpu(), replies, width)
-                counts[chosen] = per_prompt(batch_counts.cpu(), replies, width)
-                advance(sum(replies))
+            size.run(self.costs(items), compute)
         return Scores(sums, counts)
 
     def _check_rows(self, rows: Iterable[TokenRow]) -> None:
@@ -238,7 +249,9 @@ class ReplyScorer:
         typical = [tuple(sorted(items[i], key=lambda row: len(row.ids))) for i in chosen]
         last = np.cumsum([len(item) for item in typical]) - 1
         trained = [p for p in self.model.parameters() if p.requires_grad]
+        tokens = max(len(item[-1].ids) for item in typical)
         with (
+            fitting(f"a prompt with its reply of {tokens:,} tokens", "lower dataset.max_tokens"),
             torch.random.fork_rng(self._rng_devices),
             evaluating(self.model),
             torch.set_grad_enabled(bool(trained)),
@@ -255,6 +268,8 @@ class ReplyScorer:
                     if not apart <= self._tolerance.gradient:
                         self._stop_packing(f"with it, the gradient changes by {100 * apart:.2g} %")
             except (NotImplementedError, TypeError, ValueError, KeyError, RuntimeError) as error:
+                if is_out_of_memory(error):
+                    raise
                 self._stop_packing(first_line(error))
 
     @property

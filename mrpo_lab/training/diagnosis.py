@@ -1,4 +1,4 @@
-"""Messages that name the pair, the reference and the term behind a loss that is not finite."""
+"""Messages that name the pair, the reference and the term behind a number that is not finite."""
 
 from __future__ import annotations
 
@@ -84,6 +84,26 @@ def explain_gradient(
                     f"{float(by_reference[worst]):.4g}, against reference {slugs[worst]}"
                 )
     return "the gradient is not finite, though that of each pair alone is"
+
+
+def explain_parameters(parameters: Mapping[str, nn.Parameter]) -> str | None:
+    """Name the first parameter that an optimizer step made infinite; None if all are finite."""
+    for name, parameter in parameters.items():
+        if not bool(torch.isfinite(parameter).all()):
+            return (
+                f"the optimizer step makes {name} infinite, though its gradient is finite: lower "
+                "optimizer.lr"
+            )
+    return None
+
+
+def explain_scores(policy: Scores, names: Sequence[str]) -> str | None:
+    """Name the first item of which the policy's log-probability is not finite; None without one."""
+    for name, sums in zip(names, policy.sums, strict=True):
+        for reply, value in zip(reply_names(len(sums)), sums, strict=True):
+            if not torch.isfinite(value):
+                return f"the policy's log-probability of the {reply} reply of {name} is {value}"
+    return None
 
 
 def reply_names(replies: int) -> list[str]:

@@ -10,11 +10,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mrpo_lab.errors import UserError
 from mrpo_lab.models.policy import Policy
 from mrpo_lab.objective.losses import PreferenceLoss, listwise
 from mrpo_lab.objective.ranking import rank
 from mrpo_lab.objective.scores import Scores
 from mrpo_lab.runs.trade_off import named_lambda
+from mrpo_lab.scoring.memory import PassSize
+from mrpo_lab.training.diagnosis import explain_scores
 from mrpo_lab.training.inputs import Data
 from mrpo_lab.training.score_cache import ScoreCache
 from mrpo_lab.training.workers import Workers
@@ -38,7 +41,8 @@ class Evaluation:
             mean_lambda: the lambda by which replies are judged where no other one is given.
         """
         self.policy, self.data, self.loss, self.workers = policy, data, loss, workers
-        self.mean_lambda, self._token_budget = mean_lambda, token_budget
+        self.mean_lambda = mean_lambda
+        self._pass_size = PassSize(token_budget, "train.token_budget")
         self._cache = ScoreCache.empty(len(data.labels), data.refs.sums.shape[-1])
         self._cached_lambda: list[float] | None = None
 
@@ -50,6 +54,9 @@ class Evaluation:
         """The policy's scores (B, R) of pool indices, computed without gradients by all processes.
 
         A policy that is conditioned on lambda is given ``lambda_`` (default: the mean lambda).
+
+        Raises:
+            UserError: a score is not finite, or one item does not fit into memory.
         """
         lambda_ = self.mean_lambda if lambda_ is None else lambda_
         if self.data.tokens.conditioned and self._cached_lambda != lambda_.tolist():
@@ -59,8 +66,14 @@ class Evaluation:
         if len(missing):
             mine = self.workers.share(len(missing))
             rows = self.data.tokens.rows([int(missing[i]) for i in mine], lambda_)
-            scored = [self.policy.scorer.score(rows, self._token_budget)] if rows else []
-            self._cache.add(missing, self.gather(scored, mine, len(missing)))
+            scored = [self.policy.scorer.score(rows, self._pass_size)] if rows else []
+            found = self.gather(scored, mine, len(missing))
+            if not bool(torch.isfinite(found.sums).all()):
+                explained = explain_scores(found, self.data.names(missing.tolist()))
+                raise UserError(
+                    f"evaluation: {explained}: lower optimizer.lr, or set model.dtype=float32"
+                )
+            self._cache.add(missing, found)
         return self._cache.scores[indices.tolist()]
 
     def gather(self, scored: Sequence[Scores], mine: Sequence[int], total: int) -> Scores:
@@ -134,13 +147,23 @@ class Evaluation:
         return found
 
     def probe_loss(self, subset: np.ndarray, alpha: Float[Tensor, " K"]) -> float:
-        """The current listwise loss in nats on a subset of val, averaged over the aspects."""
+        """The current listwise loss in nats on a subset of val, averaged over the aspects.
+
+        Raises:
+            UserError: it is not finite.
+        """
         indices = self.data.val[subset]
         policy = self.score(indices)
         rewards = self.rewards(policy, indices, alpha, self.target(indices))
         targets = self.data.labels[indices.tolist()].targets
         by_aspect = [cross_entropy(rewards, target, policy) for target in targets.unbind(1)]
-        return float(torch.stack(by_aspect).nanmean())
+        loss = float(torch.stack(by_aspect).nanmean())
+        if not np.isfinite(loss):
+            raise UserError(
+                f"lambda: the loss of {len(subset)} validation lists is {loss}: increase "
+                "lambda.probe_size if few lists are rated, or lower loss.beta"
+            )
+        return loss
 
     def trade_off(
         self, points: Float[Tensor, "P A"], alpha: Float[Tensor, " K"], policy: str

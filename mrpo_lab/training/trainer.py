@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import time
+import weakref
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,10 +22,15 @@ from mrpo_lab.objective.scores import Scores, per_prompt
 from mrpo_lab.objective.weighting import Context, Weighting, to_simplex
 from mrpo_lab.progress import progress
 from mrpo_lab.runs.trade_off import named_lambda
-from mrpo_lab.scoring.packing import balanced
+from mrpo_lab.scoring.memory import PassSize, fitting
 from mrpo_lab.seeding import Seeds
 from mrpo_lab.training.config import TrainConfig
-from mrpo_lab.training.diagnosis import explain_gradient, explain_loss, explain_weights
+from mrpo_lab.training.diagnosis import (
+    explain_gradient,
+    explain_loss,
+    explain_parameters,
+    explain_weights,
+)
 from mrpo_lab.training.evaluation import Evaluation
 from mrpo_lab.training.inputs import Batch, Data
 from mrpo_lab.training.interruption import Interruption
@@ -59,13 +66,17 @@ class Trainer:
         self.loss, self.weighting, self.sampler, self.seeds = loss, weighting, sampler, seeds
         self.workers, self.recorder = workers, recorder
         self.interruption = interruption or Interruption()
+        self.pass_size = PassSize(config.micro_batch_tokens, "train.micro_batch_tokens")
         self.optimizer = optimizer(list(policy.trainable.values()))
         self.steps_per_epoch = -(-len(data.train) // config.batch_size)
         self.total_steps = self.steps_per_epoch * config.epochs
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer,
-            lambda step: learning_rate_factor(
-                step, config.schedule, config.warmup_steps, self.total_steps
+            partial(
+                learning_rate_factor,
+                schedule=config.schedule,
+                warmup_steps=config.warmup_steps,
+                total_steps=self.total_steps,
             ),
         )
         evaluations = min(config.evaluations, self.total_steps)  # more than one a step are the same
@@ -87,11 +98,13 @@ class Trainer:
                 rng=self.seeds.rng("weighting"),
             )
         )
+        # A strong reference would be a cycle, which keeps the model until a garbage collection.
+        this = weakref.proxy(self)
         self.sampler.start(
             LambdaContext(
                 aspects=self.data.labels.aspects,
                 rng=self.seeds.rng("lambda"),
-                probe_loss=lambda subset: self.evaluation.probe_loss(subset, self.mean_alpha),
+                probe_loss=lambda subset: this.evaluation.probe_loss(subset, this.mean_alpha),
                 num_val=len(self.data.val),
             )
         )
@@ -153,7 +166,7 @@ class Trainer:
     def train_step(self, indices: np.ndarray) -> dict[str, float]:
         """Take one optimizer step on the global batch ``indices`` and return its metrics."""
         began = time.monotonic()
-        torch.manual_seed(self.seeds.value("dropout", self.state.step, self.workers.rank))
+        self.seed_dropout()
         lambda_ = self.sampler.draw()
         weighting_refs = self.data.weighting_refs[indices.tolist()]
         target = self.data.target(indices.tolist(), lambda_)
@@ -172,7 +185,9 @@ class Trainer:
         metrics = batch_metrics(self.loss, scores, batch.refs, alpha, target, slugs, accuracy)
         metrics["train/grad_norm"] = self.gradient_norm(batch)
         metrics["train/lr"] = float(self.scheduler.get_last_lr()[0])
-        self.optimizer.step()
+        with fitting("the optimizer's state", "set model.lora, or take a smaller model"):
+            self.optimizer.step()
+        self.refuse_infinite_weights()
         self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.evaluation.forget()
@@ -208,15 +223,28 @@ class Trainer:
 
         Returns:
             The policy's scores of the whole batch, as they were before the step.
+
+        Raises:
+            UserError: half of ``micro_batch_tokens`` does not fit into memory, or one item alone.
         """
         share = list(self.workers.share(len(batch)))
-        costs = self.policy.scorer.costs([batch.rows[i] for i in share])
-        scored, mine = [], []
-        for group in balanced(costs, self.config.micro_batch_tokens):
-            part = [share[i] for i in group]
-            scored.append(self.backward(batch[part], len(batch)))
-            mine += part
-        return self.evaluation.gather(scored, mine, len(batch))
+        done = self.pass_size.run(
+            self.policy.scorer.costs([batch.rows[i] for i in share]),
+            lambda group: self.backward(batch[[share[i] for i in group]], len(batch)),
+            self.start_over,
+        )
+        mine = [share[i] for group, _ in done for i in group]
+        return self.evaluation.gather([scored for _, scored in done], mine, len(batch))
+
+    def start_over(self) -> None:
+        """Undo the passes of this step: one that ran out of memory may have left a part of its
+        gradient."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self.seed_dropout()
+
+    def seed_dropout(self) -> None:
+        """Seed this step's dropout, which differs between processes."""
+        torch.manual_seed(self.seeds.value("dropout", self.state.step, self.workers.rank))
 
     def backward(self, micro_batch: Batch, batch_size: int) -> Scores:
         """Forward and backward pass of one micro-batch; returns the policy's scores of it.
@@ -280,6 +308,16 @@ class Trainer:
                 self.data.slugs,
                 self.data.names(batch.indices),
             )
+            raise UserError(f"step {self.state.step + 1}: {explained}")
+
+    def refuse_infinite_weights(self) -> None:
+        """Stop before weights that an optimizer step made infinite get into a checkpoint.
+
+        Raises:
+            UserError: names the first of them.
+        """
+        explained = explain_parameters(self.policy.trainable)
+        if explained:
             raise UserError(f"step {self.state.step + 1}: {explained}")
 
     def evaluate_base(self) -> None:

@@ -64,7 +64,7 @@ class Fixed(Offline):
 
     def __init__(self, weights: list[float]) -> None:
         super().__init__()
-        if any(not math.isfinite(w) or w < 0 for w in weights):
+        if any(w < 0 for w in weights) or not math.isfinite(sum(weights)):
             raise ValueError(f"weights must be finite and not negative, got {weights}")
         if not sum(weights) > 0:
             raise ValueError(f"weights must not all be 0, got {weights}")

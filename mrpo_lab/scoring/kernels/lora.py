@@ -8,12 +8,13 @@ base layer wrote its output, in the model's dtype, and no other tensor of that s
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+
+from mrpo_lab.scoring.kernels.replacement import set_forward
 
 
 class AddLowRank(torch.autograd.Function):
@@ -59,8 +60,7 @@ def fuse(model: nn.Module) -> None:
 
     for layer in model.modules():
         if isinstance(layer, LoraLayer) and _is_plain(layer):
-            (name,) = layer.lora_A
-            layer.forward = partial(_forward, layer, layer.forward, name)
+            set_forward(layer, _forward)
 
 
 def _is_plain(layer: Any) -> bool:
@@ -75,9 +75,10 @@ def _is_plain(layer: Any) -> bool:
     )
 
 
-def _forward(layer: Any, peft_forward: Any, name: str, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
     if layer.disable_adapters or layer.merged or args or kwargs:
-        return peft_forward(x, *args, **kwargs)
+        return super(type(layer), layer).forward(x, *args, **kwargs)
+    name = next(iter(layer.lora_A))
     a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
     base = layer.base_layer(x)
     # Quantized layers return views, in which autograd allows no writing.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -53,7 +52,7 @@ def fuse(model: nn.Module) -> None:
     effective weight is measured: it is what a layer makes of a vector of equal entries.
     """
     for layer in model.modules():
-        eps = getattr(layer, "variance_epsilon", getattr(layer, "eps", None))
+        eps = _epsilon(layer)
         weight = getattr(layer, "weight", None)
         if (
             isinstance(eps, float)
@@ -63,10 +62,13 @@ def fuse(model: nn.Module) -> None:
         ):
             sample = torch.linspace(-2, 3, len(weight), device=weight.device).to(weight.dtype)
             # 1024 is large enough for eps to vanish beside its square: normalized it is 1.
-            effective_weight = layer(torch.full_like(sample, 1024.0))
-            forward = partial(_forward, effective_weight, eps)
-            replace_forward(layer, forward, sample, TOLERANCE)
+            layer.effective_weight = layer(torch.full_like(sample, 1024.0))
+            replace_forward(layer, _forward, sample, TOLERANCE)
 
 
-def _forward(weight: Tensor, eps: float, x: Tensor) -> Tensor:
-    return rms_norm(x, weight, eps)
+def _epsilon(layer: Any) -> float | None:
+    return getattr(layer, "variance_epsilon", getattr(layer, "eps", None))
+
+
+def _forward(layer: Any, x: Tensor) -> Tensor:
+    return rms_norm(x, layer.effective_weight, _epsilon(layer))

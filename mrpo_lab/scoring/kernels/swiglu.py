@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -48,7 +47,7 @@ def fuse(model: nn.Module) -> None:
         linear: list[Any] = [getattr(part, "base_layer", part) for part in parts]  # without LoRA
         if all(type(part) is nn.Linear for part in linear):
             sample = torch.linspace(-2, 3, linear[0].in_features).to(linear[0].weight)[None]
-            replace_forward(layer, partial(_forward, layer), sample, TOLERANCE)
+            replace_forward(layer, _forward, sample, TOLERANCE)
 
 
 def _forward(layer: Any, x: Tensor) -> Tensor:
