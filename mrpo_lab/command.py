@@ -190,7 +190,7 @@ def explain(error: Exception) -> str:
             f"if it is one value, {quoting_advice(ambiguous[1])}"
         )
     if isinstance(error, OmegaConfBaseException):
-        return f"{error.full_key}: {first_line(error)}"
+        return ": ".join(filter(None, (error.full_key, first_line(error))))
     lines = [line.strip() for line in str(error).splitlines()]
     if cause is not None:
         lines.append(first_line(cause))

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.config_repository import CachingConfigRepository, IConfigRepository
 from hydra._internal.hydra import Hydra
@@ -92,6 +93,12 @@ class CheckedLoader(ConfigLoaderImpl):
             )
         except (HydraException, OSError, UserError):
             raise
+        except yaml.MarkedYAMLError as error:
+            mark = error.problem_mark or error.context_mark
+            where = f"{mark.name} line {mark.line + 1}" if mark else "a configuration file"
+            raise UserError(f"{where}: not valid YAML: {error.problem}") from error
+        except UnicodeDecodeError as error:
+            raise UserError(f"a configuration file is no text in UTF-8: {error}") from error
         except Exception as error:  # whatever a strange file or override makes Hydra stumble over
             if str(error).startswith("Config group override must be"):
                 raise UserError(

@@ -202,7 +202,9 @@ def _outside_nodes(tree: Mapping[Any, Any]) -> Iterator[str]:
     """Yield the problems of ``SETTINGS``, sections that are not chosen, and other keys."""
     known = (*SECTIONS, *(key.partition(".")[0] for key in SETTINGS))
     for key in tree:
-        if key not in known:
+        if key in ("experiment", "sweep"):
+            yield f"{key}: its file sets nothing: it begins with the line '# @package _global_'"
+        elif key not in known:
             yield f"{key}: unknown; the sections are {', '.join(dict.fromkeys(known))}"
     for key in SECTIONS:
         if not isinstance(tree.get(key), dict) or "_target_" not in tree[key]:

@@ -1,7 +1,7 @@
 """Losses, gradients and weights against arithmetic with 60 digits, at extreme magnitudes.
 
 Every formula is written once more with mpmath. Bounds are in units of the dtype's rounding, of the
-largest number that enters the formula: a difference of two numbers cannot be better than that.
+largest number that enters the formula, times its slope: a difference cannot be better than that.
 """
 
 from __future__ import annotations
@@ -12,13 +12,24 @@ from functools import partial
 from typing import Any
 
 import mpmath
+import numpy as np
 import pytest
 import torch
 from mpmath import mp, mpf
 from torch import Tensor
 
 from mrpo_lab.objective import losses
-from mrpo_lab.objective.scores import chosen_first
+from mrpo_lab.objective.scores import Scores, chosen_first
+from mrpo_lab.objective.weighting import (
+    ARWC,
+    RMC,
+    SWCW,
+    VAW,
+    VDW,
+    Context,
+    Weighting,
+    to_simplex,
+)
 
 mp.dps = 60
 
@@ -31,7 +42,7 @@ ROUNDINGS = 40
 
 
 def softplus(z: Number) -> Number:
-    return mpmath.log(1 + mpmath.exp(-abs(z))) + max(z, mpf(0))
+    return mpmath.log1p(mpmath.exp(-abs(z))) + max(z, mpf(0))
 
 
 def cross_entropy(rewards: Sequence[Number], target: Sequence[Number]) -> Number:
@@ -158,17 +169,74 @@ def test_losses_and_gradients(link: str, combination: str, dtype: torch.dtype) -
             link=lambda r, p=p, b=b: formula(r, p, b),
         )
         # The rewards carry the rounding of the log-probabilities, which the link's slope passes on.
-        largest = float(torch.cat([policy, *refs]).abs().max())
+        largest = float(torch.cat([policy[None], refs]).abs().max())
         expected, slope = of(exact(policy)), slopes(of, exact(policy))
         steep = float(sum(map(abs, slope)))
-        curved = beta * (2 / beta if link == "ipo" else beta)
-        error = abs(float(loss) - float(expected))
-        assert error <= unit * (abs(float(expected)) + steep * largest + beta * 0 + 1e-30), (
-            width,
-            beta,
-            float(loss),
-            float(expected),
-        )
+        curved = 2 if link == "ipo" else beta**2
+        bound = unit * (abs(expected) + steep * largest) + torch.finfo(dtype).tiny
+        assert abs(float(loss) - expected) <= bound, seed
         for found, wanted in zip(gradient.tolist(), slope, strict=True):
-            bound = unit * (abs(float(wanted)) + curved * largest + steep)
-            assert abs(found - float(wanted)) <= bound, (width, beta, found, float(wanted))
+            bound = unit * (steep + curved * largest) + torch.finfo(dtype).tiny
+            assert abs(found - wanted) <= bound, seed
+
+
+def clipped(refs: Any, epsilon: Number, adaptive: bool) -> Any:
+    replies = range(len(refs[0]))
+    means = [abs(mpmath.fsum(ref[i] for ref in refs) / len(refs)) for i in replies]
+    radius = [epsilon * m / mpmath.fsum(means) if adaptive else epsilon for m in means]
+    bounds = [sorted([(1 + r) * a, (1 - r) * a]) for a, r in zip(refs[0], radius, strict=True)]
+    return [[min(max(ref[i], bounds[i][0]), bounds[i][1]) for i in replies] for ref in refs]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["float64", "float32"])
+@pytest.mark.parametrize("adaptive", [True, False])
+def test_clips(adaptive: bool, dtype: torch.dtype) -> None:
+    for seed, (width, epsilon) in enumerate(itertools.product(MARGINS, (1e-3, 0.1, 0.9))):
+        refs = -case(seed, width, 1 + seed % 8, 2 + seed % 5, dtype)[1].abs()
+        found = losses.ctro(refs[None], epsilon=epsilon, adaptive=adaptive)[0]
+        expected = clipped(exact(refs), mpf(epsilon), adaptive)
+        for row, wanted_row in zip(found.tolist(), expected, strict=True):
+            for value, wanted in zip(row, wanted_row, strict=True):
+                assert abs(value - wanted) <= ROUNDINGS * DTYPES[dtype] * abs(wanted), seed
+
+
+# name: (the weighting, what one pair adds to each reference's proportion)
+WEIGHTINGS: dict[str, tuple[Weighting, Callable[[Number], Number]]] = {
+    "vdw": (VDW(), abs),
+    "vaw": (VAW(), lambda d: mpf(d > 0)),
+    "rmc": (RMC(), lambda d: mpf(2 * (d > 0) - 1)),
+    "swcw": (SWCW(), abs),
+    "arwc": (ARWC(), abs),
+}
+
+
+@pytest.mark.parametrize("name", WEIGHTINGS)
+@pytest.mark.parametrize("width", MARGINS)
+def test_weights(name: str, width: float) -> None:
+    """alpha of 1 to 8 references and replies of different lengths, in nats per token."""
+    weighting, added = WEIGHTINGS[name]
+    for seed in range(8):
+        generator = torch.Generator().manual_seed(seed)
+        counts = torch.randint(1, 900, (9, 1 + seed, 2), generator=generator)
+        noise = torch.randn(counts.shape, generator=generator, dtype=torch.float64)
+        scores, target = Scores(counts * (-1 - width + width * noise), counts), chosen_first(9)
+        rng, slugs = np.random.default_rng(seed), [str(k) for k in range(1 + seed)]
+        weighting.start(Context(slugs, scores, target, lambda *_: [], rng))
+        weighting.after_step(scores, target)
+        alpha, _ = to_simplex(weighting.proportions(scores, target), 9)
+
+        sums, tokens = exact(scores.sums), counts.tolist()
+        margins = [
+            [s[0] / n[0] - s[1] / n[1] for s, n in zip(*pair, strict=True)]
+            for pair in zip(sums, tokens, strict=True)
+        ]
+        each = [[added(d) for d in row] for row in margins]
+        if name != "arwc":  # one alpha for all pairs
+            each = [[max(mpf(0), mpmath.fsum(c)) for c in zip(*each, strict=True)]] * 9
+        largest = float(scores.logps().abs().max())
+        for row, wanted in zip(alpha.tolist(), each, strict=True):
+            total = mpmath.fsum(wanted)
+            for value, share in zip(row, wanted, strict=True):
+                expected = share / total if total else mpf(1) / len(wanted)
+                rounding = 1 + (largest / total if name not in ("vaw", "rmc") else 0)
+                assert abs(value - expected) <= ROUNDINGS * DTYPES[torch.float64] * rounding, seed

@@ -162,6 +162,20 @@ def test_experiment_of_a_stranger_that_claims_to_be_about_hydra(tmp_path: Path) 
     assert "hydra.launcher.setup" in with_experiment(tmp_path, content)
 
 
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("loss:\n\tbeta: 1\n", "theirs.yaml line 2: not valid YAML: found character"),
+        ("a: b: c\n", "theirs.yaml line 1: not valid YAML: mapping values"),
+        ("", "experiment: its file sets nothing: it begins with the line '# @package _global_'"),
+        ("- a\n", "experiment: its file sets nothing"),
+        ("# @package _global_\ndefaults:\n  - override /loss: nope\n", "loss/nope"),
+    ],
+)
+def test_experiment_file_that_cannot_be_used(tmp_path: Path, content: str, said: str) -> None:
+    assert said in with_experiment(tmp_path, content)
+
+
 def with_experiment(folder: Path, content: str) -> str:
     """Why a run with this experiment is refused."""
     (folder / "experiment").mkdir()
