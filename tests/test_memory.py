@@ -220,19 +220,35 @@ def test_evaluation_and_scoring_go_on_in_half_passes(
 
 
 @pytest.mark.parametrize(
-    ("training", "evaluation", "said"),
+    ("training", "evaluation", "kernels", "said"),
     [
-        (10, PLENTY, "train.micro_batch_tokens: .* tokens in one pass do not fit into memory"),
-        (PLENTY, 20, "does not fit into memory: lower dataset.max_tokens"),
+        (
+            10,
+            PLENTY,
+            "off",
+            "train.micro_batch_tokens: .* tokens in one pass do not fit into memory",
+        ),
+        (
+            10,
+            PLENTY,
+            "auto",
+            "reply of .* tokens does not fit into memory: lower dataset.max_tokens",
+        ),
+        (
+            PLENTY,
+            20,
+            "auto",
+            "train.token_budget: .* do not fit into memory, nor did twice as many",
+        ),
     ],
 )
 def test_what_does_not_fit_by_half_ends_the_run_in_one_line(
-    tmp_path: Path, training: int, evaluation: int, said: str
+    tmp_path: Path, training: int, evaluation: int, kernels: str, said: str
 ) -> None:
     with small_memory(training, evaluation), pytest.raises(UserError, match=said) as stopped:
-        experiment(tmp_path)
+        experiment(tmp_path, f"kernels={kernels}")
     assert "\n" not in str(stopped.value)
-    if training == 10:
+    if kernels == "off":
         assert result(tmp_path / "run") == {
             "status": "failed",
             "error": str(stopped.value),
