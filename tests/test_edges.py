@@ -293,3 +293,39 @@ def test_full_disk_is_named_and_the_command_goes_on(
     assert errors[0].startswith(f"error: {said}{tmp_path}")
     assert "No space left" in errors[0]
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.skipif(not can_mount(), reason="needs a user namespace to mount a small file system")
+def test_each_write_to_the_cache_on_a_full_or_read_only_disk(
+    tmp_path: Path, tiny7_dir: Path
+) -> None:
+    """The disk grows by a few pages at a time, so that it is full once at every file."""
+    disk, folder = tmp_path / "disk", tmp_path / "folder"
+    disk.mkdir()
+    folder.mkdir()
+    with (folder / "train.jsonl").open("w") as file:
+        for i in range(4000):
+            row = {"prompt": f"Shop {i}?", "chosen": "x" * 500, "rejected": f"No {i}."}
+            file.write(json.dumps(row) + "\n")
+    program = [sys.executable, "-W", "ignore", str(ROOT / "tests" / "growing_disk.py")]
+    done = subprocess.run(
+        ["unshare", "-Urm", *program, disk, tiny7_dir / "tiny-neox", folder, "0"],
+        check=False,
+        capture_output=True,
+        text=True,
+        env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["drafts"] == []
+    assert found["same"]
+    place = f"cannot write to the cache {disk}/cache: "
+    reasons = [line.removeprefix(place).partition(":")[0] for line in found["said"]]
+    assert {*reasons} == {"No space left on device", "Read-only file system"}, found["said"]
+    assert reasons.count("No space left on device") > 5
+    *refused, read = found["hub"]
+    assert not read
+    place = f"cannot write to the hub's cache {disk}/hf: "
+    assert all(line.startswith(place) and "\n" not in line for line in refused if line), refused
+    assert refused[0]
+    assert "Read-only" in refused[-1]

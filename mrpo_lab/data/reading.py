@@ -82,6 +82,7 @@ def _hub_rows(path: str, split: str, config: str | None) -> Iterator[Row]:
         refusal = reason or f"the hub refused it ({first_line(error)})"
         raise hub.NotAtHandError(path, refusal) from error
     except (OSError, KeyError, ValueError, DatasetsError) as error:
+        hub.refuse_full_disk(error, datasets.config.HF_DATASETS_CACHE)
         damage = folder.is_dir() and isinstance(error, DatasetsError) and _damage(folder)
         problem = damage or _explained(error)
         raise UserError(f"dataset.path: {path}, split {split}: {problem}") from error

@@ -18,6 +18,9 @@ FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.py", "*.ti
 """The files of a model that are downloaded."""
 
 
+NOT_WRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+
+
 class NotAtHandError(UserError):
     """A model or data set that is neither in the hub's local cache nor can be downloaded.
 
@@ -87,9 +90,24 @@ def snapshot(name: str, revision: str | None) -> Path:
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=FILES))
     except (LocalEntryNotFoundError, HfHubHTTPError, ConnectionError, OSError) as error:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(
-                f"cannot write to the hub's cache {constants.HF_HUB_CACHE}: {error.strerror}: set "
-                "HF_HOME to another folder, or make room there"
-            ) from error
+        refuse_full_disk(error, constants.HF_HUB_CACHE)
         raise NotAtHandError(name, f"the hub refused it ({first_line(error)})") from error
+
+
+def refuse_full_disk(error: BaseException, place: str | Path) -> None:
+    """Raise another error if ``error``, or one that caused it, is that a disk cannot be written to.
+
+    Args:
+        place: the folder that was written to.
+
+    Raises:
+        UserError: names ``place`` and says what to do.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.errno in NOT_WRITABLE:
+            raise UserError(
+                f"cannot write to the hub's cache {place}: {os.strerror(cause.errno)}: set HF_HOME "
+                "to another folder, or make room there"
+            ) from error
+        cause = cause.__cause__ or cause.__context__
