@@ -48,6 +48,8 @@ TEMPLATE = (
     "{% for m in messages %}" + START + "{{ m.role[0] + m.content }}" + END + "{% endfor %}"
     "{% if add_generation_prompt %}" + START + "a{% endif %}"
 )
+TEMPLATE_TOKENS = 6
+"""Number of tokens that the template adds to a prompt and a reply."""
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
@@ -101,30 +103,44 @@ class Profile:
     """Number of pairs in an optimizer step of the protocol."""
     minutes: float
     """The target: most minutes that a trial may take on one GPU."""
+    resembles: str
+    """The data set on the hub."""
 
     def write(self, file: Path, pairs: int, longest: int, scale: float) -> None:
         """Write ``pairs`` pairs of at most ``longest`` tokens as JSON lines, with all lengths
         multiplied by ``scale``."""
         rng = np.random.default_rng(0)
         with file.open("w") as lines:
-            for lengths in self._lengths(rng, pairs, longest, scale):
+            for lengths in self.lengths(rng, pairs, longest - TEMPLATE_TOKENS, scale):
                 texts = ["".join(rng.choice([*LETTERS], length)) for length in lengths]
                 pair = dict(zip(("prompt", "chosen", "rejected"), texts, strict=True))
                 lines.write(json.dumps(pair) + "\n")
 
-    def _lengths(
-        self, rng: np.random.Generator, pairs: int, longest: int, scale: float
+    def lengths(
+        self, rng: np.random.Generator, pairs: int, longest: int = 1024, scale: float = 1.0
     ) -> Iterator[list[int]]:
+        """Numbers of tokens of ``pairs`` pairs, each of the prompt and of both replies, whose sum
+        with the longer reply is at most ``longest``; drawn from the profile times ``scale``."""
         medians = np.array([self.prompt, self.reply, self.reply])
         spreads = np.array([self.prompt_spread, self.reply_spread, self.reply_spread])
         while pairs:
             drawn = np.exp(rng.normal(np.log(medians * scale), spreads)).astype(int) + 1
-            if drawn[0] + drawn[1:].max() + 6 <= longest:  # the template's tokens
+            if drawn[0] + drawn[1:].max() <= longest:
                 pairs -= 1
                 yield drawn.tolist()
 
 
 PROFILES = (
-    Profile("saferlhf-like", 25, 75, 0.6, 0.6, batch=50, minutes=2),
-    Profile("ultrafeedback-like", 100, 250, 1.0, 0.7, batch=25, minutes=6),
+    Profile(
+        *("saferlhf-like", 25, 75, 0.6, 0.6),
+        batch=50,
+        minutes=2,
+        resembles="RLHFlow/PKU-SafeRLHF-30K-standard",
+    ),
+    Profile(
+        *("ultrafeedback-like", 100, 250, 1.0, 0.7),
+        batch=25,
+        minutes=6,
+        resembles="HuggingFaceH4/ultrafeedback_binarized",
+    ),
 )

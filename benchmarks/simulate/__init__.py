@@ -1,0 +1,1 @@
+"""What training and scoring would cost on a GPU, computed without one."""
