@@ -24,7 +24,7 @@ pytest_plugins = ("surroundings",)
 pytestmark = pytest.mark.usefixtures("surroundings")
 
 MOMENTS: dict[str, tuple[faults.Moment, ...]] = {
-    "arwc": (("*.state.safetensors.*", 1), ("*.alpha.parquet.*", 4), ("*.adapter.tmp", 3)),
+    "arwc": (("*.state.safetensors.*", 1), ("*.alpha.parquet.*", 7), ("*.adapter.tmp", 3)),
     "swcw": (("*.alpha.parquet.*", 1), ("*.adapter.tmp/*", 2)),
     "swcw_oh": (("*.config.yaml.*", 2), ("*.alpha.parquet.*", 5), ("*.test_pairs.parquet.*", 2)),
     "tsw": (("*/metrics.jsonl", 4), ("*.alpha.parquet.*", 2), ("*.result.json.*", 2)),

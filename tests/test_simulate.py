@@ -236,6 +236,8 @@ REFUSED = {
     "--full --quantization nf4 --only step": "quantized weights cannot be trained",
     "--only step --batch 99999": "fewer than a step",
     "--only step --cards {tmp}/cards.yaml": "cards.yaml: cards.A.source",
+    "--only step --cards {tmp}/none.yaml": "none.yaml: No such file",
+    "--only step --cards {tmp}/zero.yaml": "cards.A.memory_gib: Input should be greater than 0",
     "--only step --model {tmp}/config.json": "MixtralForCausalLM is not counted",
     "--only step --model {tmp}/list.json": "expected an object",
     "--only sweep sweep=nothing": "sweep=nothing: no such option",
@@ -250,6 +252,8 @@ def test_mistakes_are_one_line(
 ) -> None:
     card = {"bf16_tflops": 1, "bandwidth_tb_s": 1, "memory_gib": 1}
     (tmp_path / "cards.yaml").write_text(json.dumps({"cards": {"A": card}, "assumed": {}}))
+    zero = {"cards": {"A": {**card, "memory_gib": 0, "source": "none"}}, "assumed": {}}
+    (tmp_path / "zero.yaml").write_text(json.dumps(zero))
     (tmp_path / "config.json").write_text(json.dumps({**GROUPED, "model_type": "mixtral"}))
     (tmp_path / "list.json").write_text("[]")
     assert main([word.format(tmp=tmp_path) for word in arguments.split()]) == 2

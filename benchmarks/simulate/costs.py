@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, PositiveFloat, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as checked
 
 from benchmarks.simulate.layouts import Pass
@@ -28,7 +28,7 @@ LORA_BYTES, FULL_BYTES = 4, BYTES
 WIDE_COPIES = 3
 """Logits in float32 that the softmax holds at once, in chunks."""
 
-Range = tuple[float, float]
+Range = tuple[PositiveFloat, PositiveFloat]
 """A favorable and an unfavorable value."""
 
 
@@ -36,9 +36,9 @@ Range = tuple[float, float]
 class Card:
     """A graphics card's numbers, from its data sheet."""
 
-    bf16_tflops: float
-    bandwidth_tb_s: float
-    memory_gib: float
+    bf16_tflops: PositiveFloat
+    bandwidth_tb_s: PositiveFloat
+    memory_gib: PositiveFloat
     source: str
 
 
