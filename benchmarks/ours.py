@@ -10,12 +10,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import hydra
 import numpy as np
 import torch
+from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from benchmarks.workload import BETA
+from mrpo_lab.composition import open_hydra, without_hydra
 from mrpo_lab.data.texts import TokenRow
 from mrpo_lab.models.policy import Policy
 from mrpo_lab.objective.aspect_weighting import FixedLambda
@@ -32,14 +33,13 @@ from mrpo_lab.training.recorder import Recorder
 from mrpo_lab.training.trainer import Trainer
 from mrpo_lab.training.workers import Workers
 
-CONF = str(Path(__file__).parents[1] / "conf")
+CONF = Path(__file__).parents[1] / "conf"
 DPO = PreferenceLoss(combine=dpo, link=logistic, clip=no_clip, beta=BETA, length_normalized=False)
 
 
 def compose(overrides: Sequence[str]) -> DictConfig:
     """The configuration that ``train.py OVERRIDE ...`` would run."""
-    with hydra.initialize_config_dir(CONF, version_base="1.3"):
-        return hydra.compose("config", overrides=list(overrides))
+    return without_hydra(open_hydra(CONF).compose_config("config", list(overrides), RunMode.RUN))
 
 
 @contextmanager

@@ -119,6 +119,7 @@ def counting(block: int = 1) -> Iterator[FlopCounterMode]:
 def test_operations_of_scoring(name: str) -> None:
     scorer, counted = ReplyScorer(real_model(name)), Model(shape_of(name))
     scorer.costs(ITEMS)  # the first use compares packed with padded rows
+    scorer.padded_logps([row for item in ITEMS for row in item])  # and a mask with none
     for scorer.packs, layout in ((True, SHARED), (False, MASKED)):
         with counting() as counter:
             scorer.score(ITEMS, 60)
@@ -172,7 +173,7 @@ def test_operations_of_a_whole_run(weighting: Weighting, chance: float) -> None:
     settings = TrainConfig(**train)
     with (
         mock.patch.object(sweeps, "shape_of", return_value=shape_of("qwen2", True, "all")),
-        mock.patch.object(sweeps, "PADDING_16_BIT", NO_PADDING),  # the real model is in float32
+        mock.patch.object(sweeps, "PADDING", NO_PADDING),  # the real model is in float32
     ):
         data = sweeps.Data(items[:40], sweeps.Sizes(40, 8, 4, 52))
         run = sweeps.Run(config, data, 1)

@@ -31,7 +31,7 @@ from mrpo_lab.console import show, text_table
 from mrpo_lab.data.texts import Replies
 from mrpo_lab.errors import UserError
 from mrpo_lab.progress import quiet_libraries
-from mrpo_lab.scoring.scorer import PADDING_16_BIT
+from mrpo_lab.scoring.backend import GPU
 
 QUANTIZATIONS = ("none", "nf4", "int8")
 TIMES = (1, 10, 100)
@@ -98,7 +98,7 @@ def simulated_steps(options: argparse.Namespace, cards: Cards) -> Iterator[dict[
     models = {c: Model(shape, quantization, c) for c in (False, True)}
     for (name, steps), budget in product(steps_of(options).items(), options.tokens):
         for layout in LAYOUTS:
-            passes = [layout.passes(step, budget, PADDING_16_BIT) for step in steps]
+            passes = [layout.passes(step, budget, GPU.pad_to_multiple_of) for step in steps]
             yield {
                 "profile": name,
                 "tokens_a_pass": budget,

@@ -14,7 +14,7 @@ from pydantic.dataclasses import dataclass as checked
 from benchmarks.simulate.layouts import Pass
 from benchmarks.simulate.shapes import Cost, Counts, Shape, head_cost
 from mrpo_lab.errors import UserError
-from mrpo_lab.scoring.head import LOGITS_AT_ONCE, WIDE_AT_ONCE
+from mrpo_lab.scoring.backend import GPU
 
 STRICT = ConfigDict(extra="forbid")
 CARDS = Path(__file__).with_name("cards.yaml")
@@ -151,8 +151,8 @@ class Model:
         replies = max(p.replies for p in passes)
         weights = shape.linear * QUANTIZED[self.quantization]
         weights += (shape.parameters - shape.linear) * BYTES
-        logits = min(replies * shape.vocabulary, LOGITS_AT_ONCE["cuda"]) * BYTES
-        wide = min(replies * shape.vocabulary, WIDE_AT_ONCE["cuda"]) * 4 * WIDE_COPIES
+        logits = min(replies * shape.vocabulary, GPU.logits_at_once) * BYTES
+        wide = min(replies * shape.vocabulary, GPU.softmax_at_once) * 4 * WIDE_COPIES
         trained = saved = 0.0
         if training:
             saved = shape.training.token.saved
@@ -181,7 +181,7 @@ class Model:
         """
         shape = self.shape
         logits = p.replies * shape.vocabulary
-        chunks = -(-logits // LOGITS_AT_ONCE["cuda"])
+        chunks = -(-logits // GPU.logits_at_once)
         weight = QUANTIZED[self.quantization]
         if self.quantization:  # written in 16 bits, and read again
             weight += 2 * BYTES
@@ -196,5 +196,5 @@ class Model:
             + reads * shape.linear * weight
             + logits * head.moved
             + output,
-            cost.launches + head.launches * chunks * LOGITS_AT_ONCE["cuda"] // WIDE_AT_ONCE["cuda"],
+            cost.launches + head.launches * chunks * GPU.logits_at_once // GPU.softmax_at_once,
         )

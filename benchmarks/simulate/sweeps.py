@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple
 
-import hydra
 import numpy as np
-from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import OmegaConf
 
 from benchmarks.ours import CONF
@@ -22,14 +21,17 @@ from launchers.composing import Composer
 from launchers.grid import expand
 from launchers.scores import required_scores
 from mrpo_lab import configs
-from mrpo_lab.cli import explain
+from mrpo_lab.command import explain
+from mrpo_lab.composition import open_hydra
 from mrpo_lab.data.dataset import SPLITS
 from mrpo_lab.data.texts import Replies
 from mrpo_lab.errors import UserError
 from mrpo_lab.models.references import SHARD_ROWS
-from mrpo_lab.scoring.scorer import PADDING_16_BIT
+from mrpo_lab.scoring.backend import GPU
 from mrpo_lab.storage.files import local_path
 
+PADDING = GPU.pad_to_multiple_of
+"""How packed rows are padded."""
 SAMPLED = 40
 """Number of steps whose mean is the cost of a step."""
 SIZES = ("train", "val", "test", "split_by")
@@ -61,14 +63,14 @@ class Data:
         """The passes in which ``count`` pairs are scored at once, or as many as there are; and how
         often they make ``count``."""
         some = self.items[:count]
-        return layout.passes(some, budget, PADDING_16_BIT), count / len(some)
+        return layout.passes(some, budget, PADDING), count / len(some)
 
     @cache  # noqa: B019
     def steps(self, layout: Layout, size: int, budget: int) -> list[list[Pass]]:
         """The passes of each of several steps of ``size`` pairs."""
         starts = range(0, max(1, len(self.items) - size + 1), size)
         batches = [self.items[start : start + size] for start in starts[:SAMPLED]]
-        return [layout.passes(batch, budget, PADDING_16_BIT) for batch in batches]
+        return [layout.passes(batch, budget, PADDING) for batch in batches]
 
     @cache  # noqa: B019
     def shards(self, layout: Layout, budget: int) -> list[Pass]:
@@ -76,7 +78,7 @@ class Data:
         order = np.argsort([-layout.cost(item) for item in self.items], kind="stable")
         parts = np.split(order, range(SHARD_ROWS, len(order), SHARD_ROWS))
         shards = ([self.items[i] for i in part] for part in parts)
-        return [p for shard in shards for p in layout.passes(shard, budget, PADDING_16_BIT)]
+        return [p for shard in shards for p in layout.passes(shard, budget, PADDING)]
 
 
 @dataclass(frozen=True)
@@ -230,14 +232,12 @@ class SweepCost:
 
 def _expanded(overrides: Sequence[str]) -> tuple[Counter[tuple[str, ...]], Composer]:
     """The overrides of all runs, those that differ in their seed counted together."""
-    GlobalHydra.instance().clear()
-    with hydra.initialize_config_dir(CONF, version_base="1.3"):
-        loader = GlobalHydra.instance().config_loader()
-        chosen = [override for override in overrides if override.startswith("sweep=")]
-        master = hydra.compose("config", overrides=chosen, return_hydra_config=True)
-        runs = expand(master.hydra.sweeper.get("grids", {}), overrides, loader)
-        grouped = Counter(tuple(key for key in run if not key.startswith("seed=")) for run in runs)
-        return grouped, Composer(loader, master)
+    hydra = open_hydra(CONF)
+    chosen = [override for override in overrides if override.startswith("sweep=")]
+    master = hydra.compose_config("config", chosen, RunMode.RUN)
+    runs = expand(master.hydra.sweeper.get("grids", {}), overrides, hydra.config_loader)
+    grouped = Counter(tuple(key for key in run if not key.startswith("seed=")) for run in runs)
+    return grouped, Composer(hydra.config_loader, master)
 
 
 @cache
