@@ -26,8 +26,8 @@ from mrpo_lab.errors import UserError
 from mrpo_lab.experiment import run_experiment
 from mrpo_lab.report.__main__ import main as report_main
 from mrpo_lab.report.reading import read_run
-from mrpo_lab.runs import damage as checked
 from mrpo_lab.runs.folder import add_described_file
+from mrpo_lab.storage import checksums
 from mrpo_lab.training import trainer as training
 from mrpo_lab.training.state_file import load_state
 from mrpo_lab.training.trainer import Trainer
@@ -427,9 +427,9 @@ def test_unverified_is_said_once(outputs: Path, caplog: pytest.LogCaptureFixture
 def test_json_counts_only_in_its_place(tmp_path: Path) -> None:
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
-    checked.write_json(tmp_path / "a" / "x.json", {"k": [1, float("nan"), "é"]}, bound=True)
-    assert checked.read_json(tmp_path / "a" / "x.json", bound=True)["k"][0] == 1
+    checksums.write_json(tmp_path / "a" / "x.json", {"k": [1, float("nan"), "é"]}, bound=True)
+    assert checksums.read_json(tmp_path / "a" / "x.json", bound=True)["k"][0] == 1
     for copy in ("a/y.json", "b/x.json"):
         shutil.copyfile(tmp_path / "a" / "x.json", tmp_path / copy)
         with pytest.raises(UserError, match="its checksum differs"):
-            checked.read_json(tmp_path / copy, bound=True)
+            checksums.read_json(tmp_path / copy, bound=True)
