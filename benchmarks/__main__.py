@@ -15,7 +15,7 @@ from typing import Any
 
 from benchmarks.results import print_table, surroundings
 from benchmarks.workload import Workload, measure
-from mrpo_lab.cli import path_argument
+from mrpo_lab.storage.files import path_argument
 
 TOKENS = {"float32": 512, "bfloat16": 1536}
 """Number of tokens in a forward pass of this project. More are up to 7 % faster and take more

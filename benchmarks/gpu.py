@@ -20,7 +20,7 @@ from transformers import PreTrainedConfig
 from benchmarks.results import Result, report
 from benchmarks.synthetic_models import LLAMA_8B, PROFILES, QWEN_HALF_B, Profile, toy, write_model
 from benchmarks.workload import Workload, forget_peak, measure
-from mrpo_lab.cli import path_argument
+from mrpo_lab.storage.files import path_argument
 
 ROWS = {"lora": None, "qlora": "nf4", "scoring": None}
 """What can be measured, and the quantization of its weights."""

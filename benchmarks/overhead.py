@@ -27,7 +27,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from benchmarks.ours import Clock, compose, trainer_of
 from benchmarks.results import Result, report
 from benchmarks.workload import BETA, Workload, measure
-from mrpo_lab.cli import path_argument
 from mrpo_lab.data.reading import read_rows
 from mrpo_lab.data.rows import parse_item
 from mrpo_lab.data.texts import Item, TokenRow
@@ -41,6 +40,7 @@ from mrpo_lab.objective.scores import Scores, chosen_first
 from mrpo_lab.objective.weighting import ARWC, SWCW, TSW, Context, Weighting
 from mrpo_lab.progress import quiet_libraries
 from mrpo_lab.storage import cache
+from mrpo_lab.storage.files import path_argument
 from mrpo_lab.training.config import TrainConfig
 from mrpo_lab.training.workers import Workers
 

@@ -15,10 +15,11 @@ from launchers.queues import cancel, queue
 from launchers.sweep import Sweep, dispatch_lock, find_sweeps
 from launchers.sync import sync
 from launchers.watching import show_status, watch
-from mrpo_lab.cli import exit_on_user_error, fail, near, path_argument
+from mrpo_lab.cli import exit_on_user_error, fail, near
 from mrpo_lab.console import show
 from mrpo_lab.errors import UserError
-from mrpo_lab.runs.damage import DamagedError
+from mrpo_lab.storage.checksums import DamagedError
+from mrpo_lab.storage.files import path_argument
 from mrpo_lab.wording import format_count
 
 Verb = Callable[[argparse.Namespace], int]

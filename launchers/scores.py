@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from mrpo_lab.storage import cache
-from mrpo_lab.storage.checksums import read_json, write_json
+from mrpo_lab.storage.checksums import DamagedError, read_json, without_checksum, write_json
 from mrpo_lab.storage.files import local_path
 
 TOKENIZED_BY = ("path", "revision", "template", "trust_remote_code")
@@ -71,16 +71,16 @@ def write_scored_marker(key: str, slug: str, pairs: int) -> None:
     marker = scored_marker(key)
     with cache.writing():
         marker.parent.mkdir(parents=True, exist_ok=True)
-        write_json(marker, {"slug": slug, "pairs": pairs})
+        write_json(marker, {"slug": slug, "pairs": pairs}, bound=True)
 
 
 def is_scored(key: str) -> bool:
     """Whether the scores with this key are in the store; a damaged marker does not count."""
     try:
-        content, _ = read_json(scored_marker(key))
-    except (OSError, ValueError):
+        content = read_json(scored_marker(key), bound=True)
+    except DamagedError:
         return False
-    return content.keys() == {"slug", "pairs"}
+    return without_checksum(content).keys() == {"slug", "pairs"}
 
 
 def billions_of_parameters(slug: str, path: str, known: Mapping[str, float]) -> float:

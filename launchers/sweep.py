@@ -27,8 +27,8 @@ from filelock import FileLock
 
 from launchers.tasks import Task, known_tasks, write_tasks
 from mrpo_lab.errors import UserError
-from mrpo_lab.runs.damage import CHECKSUM, DamagedError, read_json, write_json
 from mrpo_lab.runs.reading import RunView
+from mrpo_lab.storage.checksums import DamagedError, read_json, without_checksum, write_json
 from mrpo_lab.storage.files import is_locked
 
 STATES = ("finished", "running", "queued", "failed", "dead", "damaged", "new")
@@ -83,7 +83,7 @@ class Record:
         """The record in ``file``; None if the task has not begun."""
         try:
             content = read_json(file, bound=True)
-            return cls(**_without_checksum(content)) if content else None
+            return cls(**without_checksum(content)) if content else None
         except DamagedError as error:
             return cls("", "unreadable", "", "", "", 0, 0.0, "", error=f"record {error}")
         except TypeError:
@@ -144,7 +144,7 @@ class Sweep:
         file = self.folder / "plan.json"
         advice = "delete it and give the sweep's command again; its runs stay"
         try:
-            return Plan(**_without_checksum(read_json(file, advice, bound=True)))
+            return Plan(**without_checksum(read_json(file, advice, bound=True)))
         except TypeError as error:
             raise DamagedError(file, "it is not the plan of a sweep", advice) from error
 
@@ -268,7 +268,3 @@ def by_output(active: Iterable[ActiveJob]) -> dict[str, ActiveJob]:
         for task in tasks[job.array][job.index : job.index + 1]:  # none if the file is damaged
             found.update(dict.fromkeys(task.outputs, job))
     return found
-
-
-def _without_checksum(content: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in content.items() if key != CHECKSUM}

@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
-from mrpo_lab.runs.damage import DamagedError, read_json, write_json
+from mrpo_lab.storage.checksums import DamagedError, read_json, write_json
 
 logger = logging.getLogger(__name__)
 

@@ -1,21 +1,18 @@
-"""What the programs have in common: one-line errors, exit codes, paths as arguments."""
+"""What the programs have in common: one-line errors and exit codes."""
 
 from __future__ import annotations
 
-import argparse
 import difflib
 import os
 import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import wraps
-from pathlib import Path
 from typing import ParamSpec
 
 from mrpo_lab.console import printable
 from mrpo_lab.errors import UserError
 from mrpo_lab.redaction import redact
-from mrpo_lab.storage.files import local_path
 
 Parameters = ParamSpec("Parameters")
 
@@ -62,18 +59,6 @@ def fail(message: str) -> None:
 def unreadable(error: OSError) -> str:
     """One line for a file that cannot be read or written."""
     return f"{error.filename}: {error.strerror}"
-
-
-def path_argument(text: str) -> Path:
-    """A path on the command line, for argparse: ``~`` is the home folder.
-
-    Raises:
-        argparse.ArgumentTypeError: the text is empty.
-    """
-    try:
-        return local_path(text)
-    except UserError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def near(word: str, options: Sequence[str]) -> str:

@@ -26,9 +26,9 @@ from mrpo_lab.errors import UserError
 from mrpo_lab.experiment import run_experiment
 from mrpo_lab.report.__main__ import main as report_main
 from mrpo_lab.report.reading import read_run
-from mrpo_lab.runs import damage as checked
 from mrpo_lab.runs.folder import add_described_file
-from mrpo_lab.training import trainer as training
+from mrpo_lab.storage import checksums
+from mrpo_lab.training import state as training_state
 from mrpo_lab.training.state_file import load_state
 from mrpo_lab.training.trainer import Trainer
 
@@ -372,6 +372,10 @@ def lose_state(state: dict[str, Any]) -> None:
     del state["loop"]
 
 
+def lose_data(state: dict[str, Any]) -> None:
+    del state["data"]
+
+
 STATES: dict[str, Callable[[dict[str, Any]], None]] = {
     "it is of step 6 of 5": change("step", 6),
     "it is of step -1 of 5": change("step", -1),
@@ -380,7 +384,8 @@ STATES: dict[str, Callable[[dict[str, Any]], None]] = {
     "a number is out of range ": change("alpha_sum", [1.0]),
     "a weight is not finite": spoil_weight,
     "it holds other weights": lose_weight,
-    "damaged (KeyError": lose_state,
+    "damaged (KeyError('loop')": lose_state,
+    "damaged (KeyError('data')": lose_data,
 }
 
 
@@ -391,7 +396,7 @@ def test_numbers_out_of_range_are_refused(tmp_path: Path) -> None:
     for said, spoil in STATES.items():
         state = load_state(path)
         spoil(state)
-        found = mock.patch.object(training, "load_state", return_value=state)
+        found = mock.patch.object(training_state, "load_state", return_value=state)
         with found, pytest.raises(UserError) as refused:
             experiment(tmp_path)
         assert str(refused.value).startswith(f"{path}: {said.strip()}")
@@ -427,9 +432,9 @@ def test_unverified_is_said_once(outputs: Path, caplog: pytest.LogCaptureFixture
 def test_json_counts_only_in_its_place(tmp_path: Path) -> None:
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
-    checked.write_json(tmp_path / "a" / "x.json", {"k": [1, float("nan"), "é"]}, bound=True)
-    assert checked.read_json(tmp_path / "a" / "x.json", bound=True)["k"][0] == 1
+    checksums.write_json(tmp_path / "a" / "x.json", {"k": [1, float("nan"), "é"]}, bound=True)
+    assert checksums.read_json(tmp_path / "a" / "x.json", bound=True)["k"][0] == 1
     for copy in ("a/y.json", "b/x.json"):
         shutil.copyfile(tmp_path / "a" / "x.json", tmp_path / copy)
         with pytest.raises(UserError, match="its checksum differs"):
-            checked.read_json(tmp_path / copy, bound=True)
+            checksums.read_json(tmp_path / copy, bound=True)

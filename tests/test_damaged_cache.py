@@ -19,10 +19,11 @@ from mrpo_lab import embedded
 from mrpo_lab.errors import UserError
 from mrpo_lab.storage import tables
 from mrpo_lab.storage.__main__ import main
-from mrpo_lab.storage.checksums import read_json
+from mrpo_lab.storage.checksums import DamagedError, read_json, without_checksum
 from mrpo_lab.storage.contents import MEMOS, content_hash
 from mrpo_lab.storage.manifests import manifest, write_manifest
 from mrpo_lab.storage.tables import Table
+from mrpo_lab.storage.verification import RECORDS, TABLES, left_over
 
 IDS = named("a", "b", "c")
 
@@ -50,9 +51,9 @@ def old_shard(shard: Path) -> Path:
 
 
 def refused(path: Path, problem: str) -> None:
-    with pytest.raises(UserError, match=problem) as caught:
+    with pytest.raises(DamagedError, match=problem) as caught:
         table().read(IDS)
-    assert str(caught.value).startswith(f"{path}: ")
+    assert caught.value.path == path
     assert "delete it" in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -69,7 +70,7 @@ class TestShards:
         with shard.open("r+b", buffering=0) as file:
             for bit in range(8 * len(content)):
                 os.pwrite(file.fileno(), flipped(content, bit), 0)
-                with pytest.raises(UserError, match=r"damaged .* delete it"):
+                with pytest.raises(DamagedError, match=r"damaged .* delete it"):
                     one.shard(shard)
             os.pwrite(file.fileno(), content, 0)
         assert one.read(IDS)[1].all()
@@ -80,7 +81,7 @@ class TestShards:
         content, one = path.read_bytes(), table()
         for left in range(len(content)):
             path.write_bytes(content[:left])
-            with pytest.raises(UserError, match=r"damaged .* delete it"):
+            with pytest.raises(DamagedError, match=r"damaged .* delete it"):
                 one.shard(path)
 
     @pytest.mark.parametrize(
@@ -96,7 +97,7 @@ class TestShards:
         elsewhere.append(IDS, numbers(IDS, salt=1.0))
         (foreign,) = elsewhere.shards()
         foreign.rename(shard.with_name(foreign.name))
-        refused(shard.with_name(foreign.name), "that of another content or place")
+        refused(shard.with_name(foreign.name), "its checksum differs")
 
     def test_that_is_a_folder_or_a_loop(self, shard: Path) -> None:
         shard.unlink()
@@ -206,7 +207,7 @@ class TestMemo:
     @pytest.mark.usefixtures("settled")
     def test_is_used(self, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         before = content_hash(file)
-        monkeypatch.setattr("mrpo_lab.storage.contents.read_hash", lambda _: pytest.fail("read"))
+        monkeypatch.setattr("mrpo_lab.storage.contents.hash_file", lambda _: pytest.fail("read"))
         assert content_hash(file) == before
 
     def test_is_not_made_of_what_has_just_changed(self, file: Path, cache: Path) -> None:
@@ -237,7 +238,7 @@ class TestMemo:
         file.symlink_to(blob)
         assert content_hash(file) == blob.name
         blob.write_bytes(b"sOme")
-        with pytest.raises(UserError, match=rf"{blob}: damaged: delete it and {file}"):
+        with pytest.raises(UserError, match=rf"{blob}: damaged .*: delete it and {file}"):
             content_hash(file)
 
 
@@ -253,7 +254,7 @@ class TestMarkers:
         for bit in range(0, 8 * len(content), 5):
             marker.write_bytes(flipped(content, bit))
             if is_scored("key"):  # white space, or no difference in JSON
-                assert read_json(marker)[0] == {"slug": "slug", "pairs": 9}
+                assert without_checksum(read_json(marker)) == {"slug": "slug", "pairs": 9}
         marker.write_bytes(content)
         assert is_scored("key")
         marker.rename(scored_marker("other"))
@@ -288,6 +289,18 @@ def empty_the_checksums(folder: Path) -> Path:
     return manifest(folder)
 
 
+def take_checksums_of_another(folder: Path) -> Path:
+    write_manifest(folder, "another")
+    return manifest(folder.with_name("another")).rename(manifest(folder))
+
+
+def link_a_file_to_itself(folder: Path) -> Path:
+    file = folder / "tiny-phi3" / "tokenizer.json"
+    file.unlink()
+    file.symlink_to(file)
+    return file
+
+
 class TestModels:
     @pytest.fixture
     def built(self, tiny7_dir: Path, cache: Path) -> Path:
@@ -297,13 +310,22 @@ class TestModels:
         return folder
 
     @pytest.mark.parametrize(
-        "spoil", [spoil_a_byte, remove_a_file, add_a_file, empty_the_checksums]
+        "spoil",
+        [
+            spoil_a_byte,
+            remove_a_file,
+            add_a_file,
+            link_a_file_to_itself,
+            empty_the_checksums,
+            take_checksums_of_another,
+        ],
     )
     def test_that_are_embedded(self, built: Path, spoil: Callable[[Path], Path]) -> None:
         assert embedded.folder("tiny7/tiny-neox") == built / "tiny-neox"
         embedded._check.cache_clear()
         file = spoil(built)
-        with pytest.raises(UserError, match=rf"^{re.escape(str(file))}: damaged.*: delete {built}"):
+        said = rf"^{re.escape(str(file))}: damaged \(.*\): delete {built}"
+        with pytest.raises(DamagedError, match=said):
             embedded.folder("tiny7/tiny-neox")
 
     def test_of_an_earlier_version(self, built: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -346,7 +368,7 @@ class TestVerify:
         self, full: Path, capsys: pytest.CaptureFixture[str], name: str
     ) -> None:
         (file,) = full.glob(name)
-        file.write_bytes(file.read_bytes()[:-1])
+        file.write_bytes(file.read_bytes()[:-2])
         code, out = self.said(capsys, str(full))
         place = file.parent if "models" in name else file
         assert code == 1
@@ -357,6 +379,29 @@ class TestVerify:
         assert code == 0
         assert not place.exists()
         assert self.said(capsys)[1].count("damaged") == 1  # the column's name
+
+    def test_drafts_of_killed_processes(
+        self, full: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """They are deleted wherever they are, once no process can be writing them any more."""
+        folders = [full / kind / "0a" for kind in TABLES]
+        folders += [full / kind for kind in (*RECORDS, "models")]
+        for folder in folders:
+            folder.mkdir(parents=True, exist_ok=True)
+            for name in (".old.tmp", ".fresh.tmp"):
+                (folder / name).write_bytes(b"a part")
+            os.utime(folder / ".old.tmp", (1, 1))
+        code, out = self.said(capsys, "--delete")
+        assert code == 0
+        assert out.count("a draft of a killed process") == len(folders)
+        left = sorted(full.glob("**/.*.tmp"))
+        assert left == sorted(folder / ".fresh.tmp" for folder in folders)
+
+    def test_a_draft_that_takes_its_place_meanwhile(
+        self, full: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(Path, "glob", lambda *_: [full / "scored" / ".key.json.0.tmp"])
+        assert not left_over(full)
 
     def test_what_is_old_or_left_over(
         self, full: Path, old_shard: Path, capsys: pytest.CaptureFixture[str]

@@ -13,11 +13,12 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from mrpo_lab.cli import exit_on_user_error, path_argument
+from mrpo_lab.cli import exit_on_user_error
 from mrpo_lab.console import show
 from mrpo_lab.progress import quiet_libraries
 from mrpo_lab.runs.folder import add_described_file
 from mrpo_lab.runs.trade_off import trade_off_table, write_trade_off
+from mrpo_lab.storage.files import path_argument
 
 
 def parser() -> argparse.ArgumentParser:

@@ -10,12 +10,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mrpo_lab.cli import exit_on_user_error, path_argument
+from mrpo_lab.cli import exit_on_user_error
 from mrpo_lab.errors import UserError
 from mrpo_lab.report.reading import RunRecord, read_run
 from mrpo_lab.report.study import Study, build_study
 from mrpo_lab.runs.reading import find_runs
 from mrpo_lab.runs.run_choice import RunChoice, flat
+from mrpo_lab.storage.files import path_argument
 
 
 @exit_on_user_error

@@ -18,18 +18,18 @@ import yaml
 from filelock import FileLock, Timeout
 
 from mrpo_lab.errors import UserError
-from mrpo_lab.runs.damage import (
+from mrpo_lab.runs.identity import difference
+from mrpo_lab.runs.inputs import changed_inputs
+from mrpo_lab.runs.naming import check_name
+from mrpo_lab.runs.provenance import provenance
+from mrpo_lab.runs.reading import TRADE_OFFS, RunView, parse_config, parse_lines, read_sessions
+from mrpo_lab.storage.checksums import (
     DamagedError,
     describe_file,
     read_bytes,
     sha256,
     write_json,
 )
-from mrpo_lab.runs.identity import difference
-from mrpo_lab.runs.inputs import changed_inputs
-from mrpo_lab.runs.naming import check_name
-from mrpo_lab.runs.provenance import provenance
-from mrpo_lab.runs.reading import TRADE_OFFS, RunView, parse_config, parse_lines, read_sessions
 from mrpo_lab.storage.files import local_path, naming, write_parquet, write_whole
 
 logger = logging.getLogger(__name__)

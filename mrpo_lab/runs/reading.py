@@ -19,8 +19,17 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from mrpo_lab.errors import UserError
-from mrpo_lab.runs.damage import CHECKSUM, DamagedError, check_file, read_bytes, read_json, sha256
 from mrpo_lab.runs.naming import SKIPPED, name_of_folder
+from mrpo_lab.storage.checksums import (
+    CHANGED,
+    CHECKSUM,
+    MISSING,
+    DamagedError,
+    check_file,
+    read_bytes,
+    read_json,
+    sha256,
+)
 from mrpo_lab.storage.files import local_path
 
 if TYPE_CHECKING:
@@ -53,7 +62,7 @@ class RunView:
         path = self.folder / "config.yaml"
         config = parse_config(path, self._content(path.name))
         if config is None:
-            raise DamagedError(path, "it is missing", MENDING)
+            raise DamagedError(path, MISSING, MENDING)
         return config
 
     @property
@@ -176,9 +185,9 @@ class RunView:
             if content is not None:
                 raise DamagedError(path, "the run's result.json has no record of it", "delete it")
         elif content is None:
-            raise DamagedError(path, "it is missing", MENDING)
+            raise DamagedError(path, MISSING, MENDING)
         elif sha256(content) != described[name]["sha256"]:
-            raise DamagedError(path, "its content has changed", MENDING)
+            raise DamagedError(path, CHANGED, MENDING)
         return content
 
 

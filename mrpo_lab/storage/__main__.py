@@ -8,10 +8,11 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from mrpo_lab.cli import exit_on_user_error, path_argument
+from mrpo_lab.cli import exit_on_user_error
 from mrpo_lab.console import show, text_table
 from mrpo_lab.progress import progress
 from mrpo_lab.storage import cache
+from mrpo_lab.storage.files import path_argument
 from mrpo_lab.storage.verification import STATES, Verdict, checks, left_over, verdict
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -10,9 +9,16 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from mrpo_lab.errors import UserError
 from mrpo_lab.storage import cache
-from mrpo_lab.storage.checksums import read_json, write_json
+from mrpo_lab.storage.checksums import (
+    CHANGED,
+    CHECKSUM,
+    DamagedError,
+    hash_file,
+    read_json,
+    sha256,
+    write_json,
+)
 
 MEMOS = "sha256"
 """The folder of the cache with the hashes of files."""
@@ -25,31 +31,25 @@ def content_hash(file: Path) -> str:
     and times. The time of change (ctime) cannot be set back, so that every change is seen.
 
     Raises:
-        UserError: the file is named by its sha256, as in the hub's cache, and has another.
+        DamagedError: the file is named by its sha256, as in the hub's cache, and has another.
     """
     real = file.resolve()
     stamp = _stamp(real, real.stat())
-    name = hashlib.sha256(json.dumps(stamp).encode()).hexdigest()[:24]
+    name = sha256(json.dumps(stamp).encode())[:24]
     memo = cache.root() / MEMOS / f"{name}.json"
-    with suppress(OSError, ValueError):
-        known, verified = read_json(memo)
-        if verified and known["stamp"] == stamp:
+    with suppress(DamagedError):
+        known = read_json(memo, bound=True)
+        if CHECKSUM in known and known["stamp"] == stamp:
             return str(known["sha256"])
-    sha256 = read_hash(real)
+    found = hash_file(real)
     status = real.stat()
-    if re.fullmatch(r"[0-9a-f]{64}", real.name) and real.name != sha256:
-        raise UserError(f"{real}: damaged: delete it and {file}, and download it again")
+    if re.fullmatch(r"[0-9a-f]{64}", real.name) and real.name != found:
+        raise DamagedError(real, CHANGED, f"delete it and {file}, and download it again")
     if _stamp(real, status) == stamp and time.time() - status.st_ctime > SETTLED:
         with suppress(OSError):  # without it the file is only hashed again
             memo.parent.mkdir(parents=True, exist_ok=True)
-            write_json(memo, {"stamp": stamp, "sha256": sha256}, lasting=False)
-    return sha256
-
-
-def read_hash(file: Path) -> str:
-    """sha256 of a file's content, which is read."""
-    with file.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
+            write_json(memo, {"stamp": stamp, "sha256": found}, bound=True, lasting=False)
+    return found
 
 
 def _stamp(file: Path, status: os.stat_result) -> list[str | int]:
@@ -64,9 +64,9 @@ def tree_hash(path: Path) -> str:
     """
     if path.is_file():
         return content_hash(path)
-    digest = hashlib.sha256()
+    parts = []
     for file in sorted(path.rglob("*")):
         name = file.relative_to(path)
         if file.is_file() and file.suffix != ".md" and not any(p[0] == "." for p in name.parts):
-            digest.update(f"{name}\0{content_hash(file)}\0".encode())
-    return digest.hexdigest()
+            parts.append(f"{name}\0{content_hash(file)}\0".encode())
+    return sha256(*parts)

@@ -1,7 +1,8 @@
-"""Writing files that other processes may be reading."""
+"""Paths that users write, and writing files that other processes may be reading."""
 
 from __future__ import annotations
 
+import argparse
 import fcntl
 import functools
 import os
@@ -32,6 +33,18 @@ def local_path(text: str | os.PathLike[str]) -> Path:
         return Path(text).expanduser()
     except RuntimeError as error:
         raise UserError(f"{text}: there is no such home folder") from error
+
+
+def path_argument(text: str) -> Path:
+    """A path on the command line, for argparse: ``~`` is the home folder.
+
+    Raises:
+        argparse.ArgumentTypeError: the text is empty.
+    """
+    try:
+        return local_path(text)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 @contextmanager

@@ -5,9 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from mrpo_lab.errors import UserError
-from mrpo_lab.storage.checksums import read_json, write_json
-from mrpo_lab.storage.contents import content_hash, read_hash
+from mrpo_lab.storage.checksums import (
+    CHANGED,
+    MISSING,
+    DamagedError,
+    hash_file,
+    read_json,
+    write_json,
+)
+from mrpo_lab.storage.contents import content_hash
 
 FILES = "files"
 
@@ -24,38 +30,43 @@ def write_manifest(draft: Path, name: str) -> None:
     Raises:
         OSError: the file could not be written.
     """
-    write_json(manifest(draft.with_name(name)), {FILES: _hashes(draft, read_hash)})
+    write_json(manifest(draft.with_name(name)), {FILES: _hashes(draft, hash_file)}, bound=True)
 
 
-def check_manifest(
-    folder: Path, remedy: str, hash_file: Callable[[Path], str] = content_hash
-) -> bool:
+def check_manifest(folder: Path, remedy: str, hashed: Callable[[Path], str] = content_hash) -> bool:
     """Check the files of a folder against their checksums.
 
     Args:
         remedy: what happens, or is to be done, once the folder is deleted.
+        hashed: returns the SHA-256 of a file.
 
     Returns:
         Whether there are checksums; earlier versions wrote none.
 
     Raises:
-        UserError: a file is damaged, missing or new, or the checksums are damaged.
+        DamagedError: a file is damaged, missing or new, or the checksums are damaged.
     """
     file = manifest(folder)
     if not file.exists():
         return False
+    advice = f"delete {folder} and {file.name} beside it; {remedy}"
+    expected = read_json(file, advice, bound=True).get(FILES)
+    if not isinstance(expected, dict):
+        raise DamagedError(file, "it does not list files", advice)
     try:
-        expected = read_json(file)[0][FILES]
-        found = _hashes(folder, hash_file)
-        odd = sorted(name for name in {*expected, *found} if expected.get(name) != found.get(name))
-        problem = f"{folder / odd[0]}: damaged, missing or new" if odd else None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        problem = f"{file}: damaged ({error})"
-    if problem:
-        raise UserError(f"{problem}: delete {folder} and {file.name} beside it; {remedy}")
+        found = _hashes(folder, hashed)
+    except OSError as error:
+        raise DamagedError(Path(error.filename or folder), error, advice) from error
+    for name in sorted({*expected, *found}):
+        if name not in found:
+            raise DamagedError(folder / name, MISSING, advice)
+        if name not in expected:
+            raise DamagedError(folder / name, "it was added", advice)
+        if found[name] != expected[name]:
+            raise DamagedError(folder / name, CHANGED, advice)
     return True
 
 
-def _hashes(folder: Path, hash_file: Callable[[Path], str]) -> dict[str, str]:
+def _hashes(folder: Path, hashed: Callable[[Path], str]) -> dict[str, str]:
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {str(path.relative_to(folder)): hash_file(path) for path in files}
+    return {str(path.relative_to(folder)): hashed(path) for path in files}

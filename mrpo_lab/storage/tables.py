@@ -13,7 +13,6 @@ another table, is refused and never read as numbers.
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
 import logging
 import math
@@ -30,9 +29,9 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from mrpo_lab.errors import UserError, first_line
+from mrpo_lab.errors import UserError
 from mrpo_lab.storage import cache
-from mrpo_lab.storage.checksums import OTHER, checksum
+from mrpo_lab.storage.checksums import DIFFERS, DamagedError, read_json, sha256
 from mrpo_lab.storage.files import write_whole
 
 logger = logging.getLogger(__name__)
@@ -130,7 +129,7 @@ class Table:
         if problem := self._problem(shard):
             raise UserError(f"{self.folder}: {problem}: try dtype=bfloat16 or float32")
         content = save(shard)
-        digest = checksum(self._name, content)
+        digest = self._checksum(content)
         with cache.writing():  # file names sort by age
             write_whole(self.folder / f"{time.time_ns():020}-{digest}.safetensors", content)
 
@@ -149,10 +148,9 @@ class Table:
         finally:
             lock.release()
 
-    @property
-    def _name(self) -> str:
-        """The table's kind and the hash of its key."""
-        return f"{self.folder.parent.name}/{self.folder.name}"
+    def _checksum(self, content: bytes) -> str:
+        """The checksum of a shard, bound to the table by its kind and the hash of its key."""
+        return sha256(f"{self.folder.parent.name}/{self.folder.name}\n".encode(), content)
 
     def shards(self) -> list[Path]:
         """The files of the table, the oldest first."""
@@ -171,19 +169,17 @@ class Table:
         """Read one file of the table: its columns and ``id``, each (n,).
 
         Raises:
-            UserError: it is damaged, or is of another table.
+            DamagedError: it is damaged, or is of another table.
         """
         try:
             content = path.read_bytes()
-            if stored_checksum(path) not in (None, checksum(self._name, content)):
-                raise ValueError(OTHER)
+            if stored_checksum(path) not in (None, self._checksum(content)):
+                raise ValueError(DIFFERS)
             shard = load(content)
             if problem := self._problem(shard):
                 raise ValueError(problem)
         except (SafetensorError, OSError, ValueError, KeyError) as error:
-            raise UserError(
-                f"{path}: damaged ({first_line(error)}): delete it, it will be computed again"
-            ) from error
+            raise DamagedError(path, error, "delete it, it will be computed again") from error
         shard["id"] = np.frombuffer(shard["id"].tobytes(), dtype=ID)
         return shard
 
@@ -206,12 +202,12 @@ class Table:
 
 def key_hash(content: Mapping[str, Any]) -> str:
     """The name of the folder of a table with this key and columns."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+    return sha256(json.dumps(content, sort_keys=True).encode())[:16]
 
 
 def stored_checksum(shard: Path) -> str | None:
     """The checksum in the name of a shard; None for those that earlier versions wrote."""
-    named = re.fullmatch(r"\d+-([0-9a-f]{40})", shard.stem)
+    named = re.fullmatch(r"\d+-([0-9a-f]{64})", shard.stem)
     return named[1] if named else None
 
 
@@ -219,21 +215,18 @@ def read_key(folder: Path) -> dict[str, Any]:
     """The key of the table in a folder, and its columns under ``columns``.
 
     Raises:
-        UserError: its key.json is damaged or that of another table.
+        DamagedError: its key.json is damaged or that of another table.
     """
     file = folder / KEY
-    try:
-        content = json.loads(file.read_bytes())
-        content.pop(FIRST, None)
-        if key_hash(content) == folder.name and isinstance(content["columns"], dict):
-            return dict(content)
-        problem = "that of another table"
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        problem = f"damaged ({first_line(error)})"
-    raise UserError(
-        f"{file}: {problem}: delete it if nothing was renamed here, it will be written again; else "
-        f"delete {folder}, its numbers will be computed again"
+    advice = (
+        "delete it if nothing was renamed here, it will be written again; else delete "
+        f"{folder}, its numbers will be computed again"
     )
+    content = read_json(file, advice)
+    content.pop(FIRST, None)
+    if key_hash(content) != folder.name or not isinstance(content.get("columns"), dict):
+        raise DamagedError(file, "it is that of another table", advice)
+    return content
 
 
 @functools.cache  # one line a process

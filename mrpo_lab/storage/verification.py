@@ -11,8 +11,8 @@ from functools import partial
 from pathlib import Path
 
 from mrpo_lab.errors import UserError
-from mrpo_lab.storage.checksums import read_json
-from mrpo_lab.storage.contents import MEMOS, read_hash
+from mrpo_lab.storage.checksums import CHECKSUM, DamagedError, hash_file, read_json
+from mrpo_lab.storage.contents import MEMOS
 from mrpo_lab.storage.manifests import check_manifest, manifest
 from mrpo_lab.storage.tables import KEY, Table, read_key, stored_checksum
 
@@ -50,7 +50,7 @@ class Verdict:
 Check = tuple[str, Path, Callable[[], bool]]
 """A kind, what is checked, and a function that returns whether it has a checksum.
 
-It raises a UserError or ValueError if the file is damaged."""
+It raises a DamagedError if the file is damaged."""
 
 
 def checks(root: Path) -> list[Check]:
@@ -70,22 +70,29 @@ def verdict(check: Check) -> Verdict:
     kind, path, verified = check
     try:
         return Verdict(kind, path, "sound" if verified() else "unverified")
-    except (UserError, ValueError, OSError) as error:
-        return Verdict(kind, path, "damaged", str(error).removeprefix(f"{path}: "))
+    except DamagedError as error:
+        return Verdict(kind, path, "damaged", str(error).removeprefix(f"{path}: damaged "))
 
 
 def left_over(root: Path) -> list[Verdict]:
     """What is read no more: drafts of killed processes, an hour old at least, and a folder of an
     earlier version."""
     drafts = {*root.glob("**/.*.tmp"), *(path for path in root.glob("models/*") if _is_draft(path))}
-    old = sorted(path for path in drafts if path.lstat().st_mtime < time.time() - HOUR)
     found = [
         Verdict(path.relative_to(root).parts[0], path, "left over", "a draft of a killed process")
-        for path in old
+        for path in sorted(drafts)
+        if _is_old(path)
     ]
     if (root / UNUSED).is_dir():
         found.append(Verdict(UNUSED, root / UNUSED, "left over", "only earlier versions read it"))
     return found
+
+
+def _is_old(draft: Path) -> bool:
+    try:
+        return draft.lstat().st_mtime < time.time() - HOUR
+    except FileNotFoundError:  # it has just taken its place
+        return False
 
 
 def _is_draft(model: Path) -> bool:
@@ -98,7 +105,7 @@ def _tables(root: Path) -> Iterator[Check]:
             columns = {}  # unknown without the key: of shards, only checksums are verified then
             if (folder / KEY).exists():  # else it is written again
                 yield kind, folder / KEY, partial(_key, folder)
-                with suppress(UserError):
+                with suppress(DamagedError):
                     columns = read_key(folder)["columns"]
             table = Table(folder, columns)
             for shard in table.shards():
@@ -122,10 +129,10 @@ def _records(root: Path) -> Iterator[Check]:
 
 
 def _record(file: Path) -> bool:
-    return read_json(file)[1]
+    return CHECKSUM in read_json(file, bound=True)
 
 
 def _models(root: Path) -> Iterator[Check]:
     for folder in sorted((root / "models").glob("*")):
         if folder.is_dir() and not _is_draft(folder):
-            yield "models", folder, partial(check_manifest, folder, AGAIN, read_hash)
+            yield "models", folder, partial(check_manifest, folder, AGAIN, hash_file)

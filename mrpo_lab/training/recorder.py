@@ -17,11 +17,11 @@ from mrpo_lab.models.policy import Policy
 from mrpo_lab.objective.losses import PreferenceLoss
 from mrpo_lab.objective.scores import Scores
 from mrpo_lab.redaction import redact
-from mrpo_lab.runs.damage import with_checksum
 from mrpo_lab.runs.folder import Run
 from mrpo_lab.runs.test_pairs import reference_weights, write_test_pairs
 from mrpo_lab.runs.tracking import Tracker
 from mrpo_lab.runs.trade_off import write_trade_off
+from mrpo_lab.storage.checksums import with_checksum
 from mrpo_lab.storage.files import replacing_folder
 from mrpo_lab.training.inputs import Data
 from mrpo_lab.training.state import LoopState

@@ -1,10 +1,21 @@
-"""The learning rate over the steps of a run."""
+"""What changes over the steps of a run: the learning rate, and when the policy is evaluated."""
 
 from __future__ import annotations
 
 import math
 
+import numpy as np
+
 SCHEDULES = ("constant", "linear", "cosine")
+
+
+def evaluation_steps(evaluations: int, total_steps: int) -> set[int]:
+    """Steps, counted from 1, after which the policy is evaluated: evenly spread, the last included.
+
+    There is at most one evaluation a step.
+    """
+    spread = np.linspace(0, total_steps, min(evaluations, total_steps) + 1)[1:].round().astype(int)
+    return {*spread.tolist(), total_steps}
 
 
 def learning_rate_factor(step: int, schedule: str, warmup_steps: int, total_steps: int) -> float:

@@ -1,4 +1,4 @@
-"""The part of a checkpoint that is the loop's own."""
+"""What a checkpoint holds: the part that is the loop's own, and what is checked of the whole."""
 
 from __future__ import annotations
 
@@ -10,7 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mrpo_lab.errors import UserError
+from mrpo_lab.runs.folder import Run
 from mrpo_lab.runs.identity import difference
+from mrpo_lab.storage.checksums import DamagedError
+from mrpo_lab.training.inputs import Data
+from mrpo_lab.training.state_file import load_state
 
 
 @dataclass
@@ -34,6 +39,40 @@ class LoopState:
     """How the base model ranks the test lists under each lambda; empty for pairs."""
     undecided: int = 0
     """Number of pairs for which the weighting gave all references 0."""
+
+    @property
+    def mean_alpha(self) -> Tensor:
+        """Mean weights (K,) of the references over the steps so far; equal before the first."""
+        total = torch.tensor(self.alpha_sum, dtype=torch.float64)
+        return total / total.sum() if self.step else torch.full_like(total, 1 / len(total))
+
+
+def load_checkpoint(
+    run: Run, trainable: Mapping[str, Tensor], data: Data, total_steps: int
+) -> dict[str, Any]:
+    """Load a run's checkpoint, with tensors on the CPU.
+
+    Args:
+        trainable: the parameters that the run trains, by name.
+
+    Raises:
+        UserError: it is damaged or of another run, or was trained on other data.
+    """
+    path, advice = run.checkpoint, "delete it to start this run over"
+    state = load_state(path)
+    try:
+        check_state(state, run.config, trainable, len(data.slugs), total_steps)
+        same_data = state["data"] == data.fingerprint
+    except ValueError as error:
+        raise UserError(f"{path}: {error}: {advice}") from error
+    except (KeyError, TypeError, AttributeError) as error:
+        raise DamagedError(path, repr(error), advice) from error
+    if not same_data:
+        raise UserError(
+            f"{path} was trained on other data than {run.name} has now: "
+            "delete its folder to start over"
+        )
+    return state
 
 
 def check_state(

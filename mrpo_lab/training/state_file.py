@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from collections.abc import Mapping
@@ -14,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mrpo_lab.errors import UserError
+from mrpo_lab.storage.checksums import CHECKSUM, DIFFERS, DamagedError, sha256
 from mrpo_lab.storage.files import replacing
 
 logger = logging.getLogger(__name__)
@@ -30,14 +29,14 @@ def save_state(path: Path, state: dict[Any, Any]) -> None:
     outline = json.dumps(_outline(state, tensors))
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as draft:
-        save_file(tensors, draft, metadata={"state": outline, "sha256": _digest(outline, tensors)})
+        save_file(tensors, draft, metadata={"state": outline, CHECKSUM: _digest(outline, tensors)})
 
 
 def load_state(path: Path) -> dict[Any, Any]:
     """Read what ``save_state`` wrote, with tensors on the CPU.
 
     Raises:
-        UserError: the file is not as it was written, or was written by something else.
+        DamagedError: the file is not as it was written, or was written by something else.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -46,23 +45,23 @@ def load_state(path: Path) -> dict[Any, Any]:
         outline = metadata["state"]
         if metadata.keys() == {"state"}:
             logger.info("%s is of an earlier version, without a checksum: unverified", path)
-        elif metadata.get("sha256") != _digest(outline, tensors):
-            raise ValueError("its checksum differs")
+        elif metadata.get(CHECKSUM) != _digest(outline, tensors):
+            raise ValueError(DIFFERS)
         state = _restore(json.loads(outline), tensors)
         if not isinstance(state, dict):
             raise TypeError("it holds no state")
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: damaged ({error}): delete it to start this run over") from error
+        raise DamagedError(path, error, "delete it to start this run over") from error
     return state
 
 
 def _digest(outline: str, tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 over the outline and the name, type, shape and content of every tensor."""
-    digest = hashlib.sha256(outline.encode())
+    parts: list[bytes | memoryview] = [outline.encode()]
     for name, tensor in sorted(tensors.items()):
-        digest.update(f"\n{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+        parts.append(f"\n{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        parts.append(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return sha256(*parts)
 
 
 def _outline(value: Any, tensors: dict[str, Tensor]) -> Any:

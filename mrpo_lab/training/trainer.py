@@ -36,9 +36,9 @@ from mrpo_lab.training.inputs import Batch, Data
 from mrpo_lab.training.interruption import Interruption
 from mrpo_lab.training.metrics import batch_metrics
 from mrpo_lab.training.recorder import Recorder
-from mrpo_lab.training.schedule import learning_rate_factor
-from mrpo_lab.training.state import LoopState, check_state
-from mrpo_lab.training.state_file import load_state, save_state
+from mrpo_lab.training.schedule import evaluation_steps, learning_rate_factor
+from mrpo_lab.training.state import LoopState, load_checkpoint
+from mrpo_lab.training.state_file import save_state
 from mrpo_lab.training.workers import Workers
 
 logger = logging.getLogger(__name__)
@@ -79,9 +79,7 @@ class Trainer:
                 total_steps=self.total_steps,
             ),
         )
-        evaluations = min(config.evaluations, self.total_steps)  # more than one a step are the same
-        spread = np.linspace(0, self.total_steps, evaluations + 1)[1:].round().astype(int)
-        self.evaluation_steps = {*spread.tolist(), self.total_steps}
+        self.evaluation_steps = evaluation_steps(config.evaluations, self.total_steps)
         self.state = LoopState(alpha_sum=[0.0] * len(data.slugs))
         mean_lambda = sampler.mean_lambda(data.labels.aspects)
         self.evaluation = Evaluation(policy, data, loss, workers, config.token_budget, mean_lambda)
@@ -104,7 +102,7 @@ class Trainer:
             LambdaContext(
                 aspects=self.data.labels.aspects,
                 rng=self.seeds.rng("lambda"),
-                probe_loss=lambda subset: this.evaluation.probe_loss(subset, this.mean_alpha),
+                probe_loss=lambda subset: this.evaluation.probe_loss(subset, this.state.mean_alpha),
                 num_val=len(self.data.val),
             )
         )
@@ -333,20 +331,14 @@ class Trainer:
         found = self.evaluation.accuracy()
         test = self.evaluation.score(self.data.test)
         self.state.latest_test = {"sums": test.sums, "counts": test.counts}
-        return found | (self.evaluation.rankings(self.mean_alpha) if self.data.lists else {})
-
-    @property
-    def mean_alpha(self) -> Tensor:
-        """Mean weights (K,) of the references over the steps so far; equal before the first."""
-        total = torch.tensor(self.state.alpha_sum, dtype=torch.float64)
-        return total / total.sum() if self.state.step else torch.full_like(total, 1 / len(total))
+        return found | (self.evaluation.rankings(self.state.mean_alpha) if self.data.lists else {})
 
     def trade_off(self, policy: str) -> list[dict[str, Any]]:
         """How lists are ranked under each lambda at which the sampler wants an evaluation."""
         if not self.data.lists:
             return []
         points = self.sampler.points(self.data.labels.aspects)
-        return self.evaluation.trade_off(points, self.mean_alpha, policy)
+        return self.evaluation.trade_off(points, self.state.mean_alpha, policy)
 
     def save(self) -> None:
         """Write the checkpoint: everything that must survive, in one file."""
@@ -382,17 +374,8 @@ class Trainer:
         run = self.recorder.run
         if not run.checkpoint.exists():
             return b""
-        state, trainable = load_state(run.checkpoint), self.policy.trainable
-        try:
-            check_state(state, run.config, trainable, len(self.data.slugs), self.total_steps)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            why = str(error) if isinstance(error, ValueError) else f"damaged ({error!r})"
-            raise UserError(f"{run.checkpoint}: {why}: delete it to start this run over") from error
-        if state["data"] != self.data.fingerprint:
-            raise UserError(
-                f"{run.checkpoint} was trained on other data than {run.name} has now: "
-                "delete its folder to start over"
-            )
+        trainable = self.policy.trainable
+        state = load_checkpoint(run, trainable, self.data, self.total_steps)
         with torch.no_grad():
             for name, parameter in trainable.items():
                 parameter.copy_(state["trainable"][name])

@@ -17,8 +17,8 @@ from pathlib import Path
 import tqdm
 from harness import TINY, train_py
 
-from mrpo_lab.cli import path_argument
 from mrpo_lab.storage import cache
+from mrpo_lab.storage.files import path_argument
 from torture.driver import KINDS, Session, share, table
 
 
