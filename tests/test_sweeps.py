@@ -127,7 +127,7 @@ def test_mistyped_option_of_a_sweep_is_one_line(tmp_path: Path) -> None:
     for arguments, why in (
         (["loss=mdpo,mrop"], "loss=mrop: no such option, did you mean mrpo?"),
         (["weighting=vaw,vav"], "weighting=vav: no such option, did you mean vaw?"),
-        (["seed=0,77"], "seed=s77: no such option, did you mean s7?"),
+        (["seed=s0,s_7"], "seed=s_7: no such option, did you mean s7?"),
         (["loss.btea=1,2"], "loss.btea: no such key, did you mean beta?"),
         (["seed=0,1", "hydra.launcher.parallel=0"], "hydra.launcher.parallel: Input should be gre"),
         (["seed=0,1", "hydra.launcher.paralel=1"], "no such key, did you mean parallel?"),
