@@ -26,12 +26,13 @@ from benchmarks.simulate.sources import (
 from benchmarks.simulate.sweeps import SAMPLED, SweepCost
 from benchmarks.synthetic_models import PROFILES
 from benchmarks.workload import LORA
-from mrpo_lab.cli import exit_on_user_error, path_argument
+from mrpo_lab.cli import exit_on_user_error
 from mrpo_lab.console import show, text_table
 from mrpo_lab.data.texts import Replies
 from mrpo_lab.errors import UserError
 from mrpo_lab.progress import quiet_libraries
 from mrpo_lab.scoring.backend import GPU
+from mrpo_lab.storage.files import path_argument
 
 QUANTIZATIONS = ("none", "nf4", "int8")
 TIMES = (1, 10, 100)
