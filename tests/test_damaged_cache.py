@@ -1,5 +1,6 @@
 """Damage of the files of the cache is refused in one line that says what to do, or harmless."""
 
+import errno
 import json
 import logging
 import os
@@ -21,7 +22,7 @@ from mrpo_lab.storage import tables
 from mrpo_lab.storage.__main__ import main
 from mrpo_lab.storage.checksums import DamagedError, read_json, without_checksum
 from mrpo_lab.storage.contents import MEMOS, content_hash
-from mrpo_lab.storage.manifests import manifest, write_manifest
+from mrpo_lab.storage.manifests import check_manifest, manifest, write_manifest
 from mrpo_lab.storage.tables import Table
 from mrpo_lab.storage.verification import RECORDS, TABLES, left_over
 
@@ -327,6 +328,13 @@ class TestModels:
         said = rf"^{re.escape(str(file))}: damaged \(.*\): delete {built}"
         with pytest.raises(DamagedError, match=said):
             embedded.folder("tiny7/tiny-neox")
+
+    def test_that_the_disk_cannot_read(self, built: Path) -> None:
+        def broken(file: Path) -> str:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(file))
+
+        with pytest.raises(DamagedError, match=r"damaged \(Input/output error\): delete .*; again"):
+            check_manifest(built, "again", broken)
 
     def test_of_an_earlier_version(self, built: Path, caplog: pytest.LogCaptureFixture) -> None:
         manifest(built).unlink()
