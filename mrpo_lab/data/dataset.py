@@ -11,6 +11,13 @@ from math import inf
 
 import numpy as np
 
+from mrpo_lab.data.duplicates import (
+    as_scalars,
+    identical_after_truncation,
+    same_when_rendered,
+    seen_before,
+    token_counts,
+)
 from mrpo_lab.data.reading import read_rows
 from mrpo_lab.data.rows import Row, parse_item
 from mrpo_lab.data.spool import Items
@@ -137,12 +144,12 @@ class Dataset(ABC):
         counts: Counter[str] = Counter(rows=len(items))
         preprocessed = Items.from_iterable(self.preprocess(items, counts))
         distinct = self._distinct(preprocessed, counts)
-        measured = _lengths(distinct, tokenizers)
-        again = _same_when_rendered(distinct.ids, measured)
+        measured = token_counts(distinct, tokenizers)
+        again = same_when_rendered(distinct.ids, measured)
         counts["identical_after_template"] = int(again.any(-1).sum())
         if self.drop_identical and again.any():
             distinct = self.without_replies(distinct, again, counts)
-            measured = _lengths(distinct, tokenizers)
+            measured = token_counts(distinct, tokenizers)
         keep = self._eligible(distinct, tokenizers, measured, counts, positions)
         counts["eligible"] = len(keep)
         if not len(keep):
@@ -171,7 +178,7 @@ class Dataset(ABC):
 
     def _distinct(self, items: Items, counts: Counter[str]) -> Items:
         """Count unusual replies; drop identical and duplicate pairs where asked."""
-        duplicate = _seen_before(items.ids)
+        duplicate = seen_before(items.ids)
         counts["empty_replies"] = int(items.empty.sum())
         counts["identical_replies"] = int(items.identical.sum())
         counts["prefix_replies"] = int(items.prefix.sum())
@@ -227,7 +234,7 @@ class Dataset(ABC):
             bound = self.reply_length_bound(longest[keep], present[keep])
             drop("short_reply", ((longest[keep] > bound) | ~present[keep]).all(-1))
         cut = keep[((totals > self.max_tokens) | ~present)[keep].all(-1)]
-        counts["identical_after_truncation"] = _identical_after_truncation(
+        counts["identical_after_truncation"] = identical_after_truncation(
             items[cut],
             tokenizers,
             [Lengths(*(column[cut] for column in m)) for m in measured],
@@ -320,18 +327,6 @@ def describe(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{name.replace('_', ' ')} {n:,}" for name, n in counts.items() if n)
 
 
-def _seen_before(ids: np.ndarray) -> np.ndarray:
-    """Whether each row equals an earlier one, (N,)."""
-    seen = np.ones(len(ids), dtype=bool)
-    seen[np.unique(_as_scalars(ids), return_index=True)[1]] = False
-    return seen
-
-
-def _as_scalars(ids: np.ndarray) -> np.ndarray:
-    """Each row of ids as one string, (N,)."""
-    return np.ascontiguousarray(ids).view(f"S{ids.itemsize * ids.shape[1]}").reshape(-1)
-
-
 def nearest_sum(sizes: Sequence[int], wanted: int) -> list[int]:
     """Indices of ``sizes`` whose sum, greater than 0, is as near to ``wanted`` as can be.
 
@@ -362,46 +357,8 @@ def nearest_sum(sizes: Sequence[int], wanted: int) -> list[int]:
 def count_leaks(items: Items, splits: Mapping[str, np.ndarray]) -> dict[str, int]:
     """How many test pairs have a prompt that is also in the train split, and how many are in it."""
     trained, tested = splits["train"], splits["test"]
-    rows = _as_scalars(items.ids)
+    rows = as_scalars(items.ids)
     return {
         "test_prompts_in_train": int(np.isin(items.prompts[tested], items.prompts[trained]).sum()),
         "test_pairs_in_train": int(np.isin(rows[tested], rows[trained]).sum()),
     }
-
-
-def _lengths(items: Items, tokenizers: Sequence[Tokenization]) -> list[Lengths]:
-    """The token counts of the items under each tokenizer."""
-    return [tokenizer.lengths(items, items.ids) for tokenizer in tokenizers]
-
-
-def _same_when_rendered(ids: np.ndarray, measured: Sequence[Lengths]) -> np.ndarray:
-    """Whether a reply differs from an earlier one as text, but not under some template, (N, R)."""
-    again = np.zeros(ids.shape, dtype=bool)
-    for m in measured:
-        for later in range(1, ids.shape[-1]):
-            earlier = slice(0, later)
-            again[:, later] |= (
-                (m.digest[:, earlier] == m.digest[:, [later]])
-                & (m.reply[:, earlier] > 0)
-                & (m.reply[:, [later]] > 0)
-                & (ids[:, earlier] != ids[:, [later]])
-            ).any(-1)
-    return again
-
-
-def _identical_after_truncation(
-    items: Items,
-    tokenizers: Sequence[Tokenization],
-    measured: Sequence[Lengths],
-    max_tokens: int,
-) -> int:
-    """Number of pairs whose replies truncation would have made identical under some tokenizer."""
-    # Where the prompt alone is too long, truncation leaves nothing of the replies.
-    same = np.any([(m.prompt >= max_tokens).all(-1) for m in measured], axis=0)
-    for tokenizer, m in zip(tokenizers, measured, strict=True):
-        both_cut = (m.prompt + m.reply >= max_tokens).all(-1)
-        unsure = np.flatnonzero(both_cut & ~same)
-        same[unsure] = tokenizer.identical_after_truncation(
-            items[unsure], items.ids[unsure], max_tokens
-        )
-    return int(same.sum())
