@@ -280,7 +280,7 @@ def test_a_sweep_is_counted_run_by_run(capsys: pytest.CaptureFixture[str]) -> No
 def test_a_data_file_takes_the_place_of_profiles(capsys: pytest.CaptureFixture[str]) -> None:
     starter = str(resources.files("mrpo_lab") / "embedded" / "starter.jsonl")
     folder = embedded.folder("tiny7/tiny-qwen2")
-    words = ["--only", "step", "--json", "--tokens", "512", "--batch", "8", "--data", starter]
+    words = ["--only", "step", "--json", "--tokens", "8192", "--batch", "8", "--data", starter]
     words += ["--tokenizer", str(folder), "--model", str(folder / "config.json"), "--full"]
     assert main(words) == 0
     rows = json.loads(capsys.readouterr().out)["simulated"]["step"]

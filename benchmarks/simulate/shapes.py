@@ -28,6 +28,7 @@ from mrpo_lab.errors import UserError, first_line
 from mrpo_lab.models.adapters import lora_config
 from mrpo_lab.scoring import attention
 from mrpo_lab.scoring.head import Head
+from mrpo_lab.scoring.kernels import fuse
 from mrpo_lab.scoring.packing import pack
 
 META = torch.device("meta")
@@ -232,7 +233,8 @@ def _observed(config: Mapping[str, Any], layers: int, train: bool, lora: Any) ->
 
         with META:
             model = peft.get_peft_model(model, lora_config(lora))
-    model.eval()  # a GPU's backend fuses no layers
+    with Recorder():
+        fuse(model.eval())
     attention.install(causal.config.get_text_config())
     head = causal.get_output_embeddings()
     scoring = _cost(causal, torch.no_grad())

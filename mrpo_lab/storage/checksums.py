@@ -40,7 +40,7 @@ def read_bytes(path: Path, advice: str = "") -> bytes | None:
     """
     try:
         return path.read_bytes()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):  # the latter where a folder should be
         return None
     except OSError as error:
         raise DamagedError(path, error, advice) from error

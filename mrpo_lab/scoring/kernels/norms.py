@@ -55,7 +55,7 @@ def fuse(model: nn.Module) -> None:
         eps = _epsilon(layer)
         weight = getattr(layer, "weight", None)
         if (
-            isinstance(eps, float)
+            eps is not None
             and isinstance(weight, nn.Parameter)
             and not weight.requires_grad
             and type(layer).__name__.endswith("RMSNorm")
@@ -67,7 +67,8 @@ def fuse(model: nn.Module) -> None:
 
 
 def _epsilon(layer: Any) -> float | None:
-    return getattr(layer, "variance_epsilon", getattr(layer, "eps", None))
+    found = getattr(layer, "variance_epsilon", getattr(layer, "eps", None))
+    return found if isinstance(found, float) else None
 
 
 def _forward(layer: Any, x: Tensor) -> Tensor:
