@@ -194,7 +194,8 @@ def content(path: Path) -> Any:
         return [{k: v for k, v in line.items() if not k.startswith("perf/")} for line in lines]
     if path.name == "result.json":
         result = json.loads(path.read_text())
-        return _without_digests({k: v for k, v in result.items() if k not in TIMES})
+        # ``files`` has the lengths and digests of files in which times are.
+        return _without_digests({k: v for k, v in result.items() if k not in (*TIMES, "files")})
     # peft writes the absolute path of the base model, which is in the cache of the trial.
     return re.sub(rb'[^\s"]*(/cache/models)', rb"\1", path.read_bytes())
 
