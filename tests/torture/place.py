@@ -23,7 +23,7 @@ TIMES = ("wall_seconds", "pairs_per_second", "setup_seconds", "peak_memory_gib")
 STATE = ("optimizer", "scheduler", "weighting", "lambda", "trainable")
 DIGEST = re.compile(r"[0-9a-f]{16,}")
 ESCAPE = "\x1b"
-SCORED = ("scores", "gate", "lengths", "truncations", "conformance", "hashes", "scored")
+SCORED = ("scores", "gate", "lengths", "truncations", "conformance", "hashes", "sha256", "scored")
 """Folders of the cache beside the models."""
 
 
