@@ -101,12 +101,23 @@ class CheckedLoader(ConfigLoaderImpl):
             raise UserError(f"a configuration file is no text in UTF-8: {error}") from error
         except Exception as error:  # whatever a strange file or override makes Hydra stumble over
             if str(error).startswith("Config group override must be"):
+                named = ", ".join(self._of_groups(overrides))
                 raise UserError(
-                    f"{first_line(error)}: options of a group are names, as in loss=mdpo"
+                    f"{named}: options of a group are names, as in loss=mdpo"
                 ) from error
             raise UserError(f"the configuration cannot be composed: {first_line(error)}") from error
         self._check(cfg)
         return cfg
+
+    def _of_groups(self, overrides: Sequence[str]) -> list[str]:
+        """The overrides that choose no option of a group by its name."""
+        found = []
+        for override in overrides:
+            group, _, option = override.lstrip("+~").partition("=")
+            options = self.get_group_options(group)
+            if options and option not in options:
+                found.append(override)
+        return found
 
     def _check(self, cfg: DictConfig) -> None:
         tree = OmegaConf.to_container(cfg, resolve=False)

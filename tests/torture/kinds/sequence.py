@@ -27,7 +27,7 @@ KINDS: tuple[tuple[str, ...], ...] = (
 
 def trial(place: Place, random: Random) -> None:
     place.take_scores()
-    number, warm = (6, 1) if place.short else (30, 2)
+    number, warm = (6, 2) if place.short else (30, 2)
     kinds = [*KINDS * warm, *(random.choice(KINDS) for _ in range(number))]
     report = place.folder / "report.json"
     first_measured = len(KINDS) * warm
