@@ -43,7 +43,7 @@ test-fast: env  ## Run the tests that find most mistakes, in a minute
 	$(BIN)/python -m pytest $(FAST:%=tests/test_%.py)
 
 torture: env  ## Try faults at random for TORTURE_MINUTES (30); TORTURE_SEED=N tries the same ones again
-	PYTHONPATH=tests $(BIN)/python -m torture --minutes $(TORTURE_MINUTES) $(TORTURE_SEED:%=--seed %)
+	PYTHONPATH=tests $(BIN)/python -m torture --minutes $(TORTURE_MINUTES) $(TORTURE_SEED:%=--seed %) $(TORTURE_KINDS:%=--kinds %)
 
 test-oldest:  ## Run the fast tests and the quickstart with the oldest allowed packages
 	mkdir -p $(VENV)-oldest

@@ -57,9 +57,11 @@ def measure(kinds: Sequence[tuple[str, ...]], warm: int, report: Path) -> None:
 
 
 def resources() -> dict[str, float]:
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    # Without pages of libraries, which a forked process takes over one by one as it needs them.
+    status = Path("/proc/self/status").read_text()
+    kibibytes = int(status.partition("RssAnon:")[2].split()[0])
     return {
-        "MiB": round(pages * os.sysconf("SC_PAGESIZE") / 2**20, 1),
+        "MiB": round(kibibytes / 2**10, 1),
         "files": len(os.listdir("/proc/self/fd")),
         "threads": threading.active_count(),
         "temporary": len(os.listdir(os.environ["TMPDIR"])),
