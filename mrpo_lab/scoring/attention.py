@@ -137,7 +137,7 @@ class BlockAttention(torch.autograd.Function):
         options: AttentionOptions,
     ) -> Float[Tensor, "H N D"]:
         ctx.options = options
-        ctx.blocks = blocks(layout, options.window, query.dtype, query.device)
+        ctx.blocks = layout.cached(blocks, options.window, query.dtype, query.device)
         ctx.save_for_backward(query, key, value)
         # In memory tokens come before heads, as the projection that follows reads them.
         out = query.new_empty(query.shape[1], query.shape[0], value.shape[-1]).transpose(0, 1)
@@ -225,17 +225,7 @@ class Block:
 def blocks(
     layout: Layout, window: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[Block, ...]:
-    """The blocks of a packed row, made once: one for each short item, several for a long one."""
-    key = (window, dtype, device)
-    if key not in layout.blocks:
-        layout.blocks[key] = _make_blocks(layout, *key)
-    found: tuple[Block, ...] = layout.blocks[key]
-    return found
-
-
-def _make_blocks(
-    layout: Layout, window: int, dtype: torch.dtype, device: torch.device
-) -> tuple[Block, ...]:
+    """The blocks of a packed row: one for each short item, several for a long one."""
     found = []
     for _, group in groupby(layout.segments, key=lambda segment: segment.prefix_start):
         item = tuple(group)

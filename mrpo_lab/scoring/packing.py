@@ -6,9 +6,9 @@ position is spent on padding. ``attention`` lets each reply attend to its prompt
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -16,6 +16,8 @@ from jaxtyping import Int
 from torch import Tensor
 
 from mrpo_lab.data.texts import TokenRow
+
+T = TypeVar("T")
 
 
 class Segment(NamedTuple):
@@ -45,8 +47,16 @@ class Layout:
     """The segments of a packed row: all that attention has to know of it."""
 
     segments: tuple[Segment, ...]
-    blocks: dict[Any, Any] = field(default_factory=dict, repr=False)
-    """What ``attention.blocks`` made of it, which all layers of a pass ask for."""
+    _made: dict[Any, Any] = field(default_factory=dict, repr=False)
+
+    def cached(self, make: Callable[..., T], *arguments: Any) -> T:
+        """``make(layout, *arguments)``, made once: all layers of a pass ask for the same, and it
+        goes with the layout when the pass is over."""
+        key = (make, *arguments)
+        if key not in self._made:
+            self._made[key] = make(self, *arguments)
+        made: T = self._made[key]
+        return made
 
     @property
     def tokens(self) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -44,7 +43,6 @@ class Sequences(NamedTuple):
     most_keys: int
 
 
-@lru_cache(maxsize=8)  # all layers of a pass and of its backward pass ask for the same
 def sequences(layout: Layout, device: torch.device) -> Sequences:
     """The sequences of a packed row. None is empty, and their queries are the whole row in order:
     the kernel hangs or gives gradients that are nan otherwise."""
@@ -80,7 +78,7 @@ def varlen_attention(
         NotImplementedError: the kernel does not compute this on this device.
     """
     refuse_unsupported(query, options)
-    found = sequences(layout, query.device)
+    found = layout.cached(sequences, query.device)
     q, k, v = (heads.transpose(0, 1) for heads in (query, key, value))
     if found.keys is not None:
         k, v = k.index_select(0, found.keys), v.index_select(0, found.keys)
