@@ -88,10 +88,7 @@ def score_reference(cfg: DictConfig, slug: str) -> int:
     """
     configs.check(cfg)
     experiment = Experiment.build(cfg, Workers.start())
-    with named(
-        "tracker", type(experiment.tracker)
-    ):  # the runs that wait for these scores would be refused
-        experiment.tracker.check()
+    experiment.check_tracker()  # the runs that wait for these scores would be refused
     alone = replace(experiment.references, use=[slug])
     with fitting(*UNFIT):
         prepared = experiment.prepare(alone.members)
@@ -150,8 +147,7 @@ class Experiment:
     def train(self, recorder: Recorder, interruption: Interruption | None = None) -> dict[str, Any]:
         """Prepare the data, score the references, train the policy, and record the result."""
         began = time.monotonic()
-        with named("tracker", type(self.tracker)):
-            self.tracker.check()
+        self.check_tracker()
         prepared = self.prepare()
         if self.threads is not None:  # only from here on: building tiny7 uses all cores
             torch.set_num_threads(self.threads)
@@ -203,6 +199,15 @@ class Experiment:
         recorder.finish(result, policy, data, target, self.loss, trainer.state, trade_off)
         self.workers.wait()
         return result
+
+    def check_tracker(self) -> None:
+        """Refuse what the environment would make impossible for the tracker.
+
+        Raises:
+            UserError: says what is wrong and what to do.
+        """
+        with named("tracker", type(self.tracker)):
+            self.tracker.check()
 
     def prepare(self, scored: Sequence[Reference] | None = None) -> Prepared:
         """Read the data and filter it by the tokenizers of all references and of the policy.

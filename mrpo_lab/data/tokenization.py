@@ -77,13 +77,8 @@ class Tokenization:
         try:
             config = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
             read = {name: config[name] for name in CONFIG_KEYS if name in config}
-        except (
-            OSError,
-            ValueError,
-            TypeError,
-            RecursionError,
-        ):  # the tokenizer's loader will say what is wrong
-            read = {}
+        except (OSError, ValueError, TypeError, RecursionError):
+            read = {}  # the tokenizer's loader will say what is wrong
         return {"format": self.fingerprint, "config": read, "version": FORMAT}
 
     def rows(self, items: Sequence[Item]) -> list[tuple[TokenRow, ...] | None]:

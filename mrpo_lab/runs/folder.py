@@ -6,7 +6,6 @@ import errno
 import json
 import logging
 import math
-import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -30,7 +29,7 @@ from mrpo_lab.storage.checksums import (
     sha256,
     write_json,
 )
-from mrpo_lab.storage.files import local_path, naming, write_parquet, write_whole
+from mrpo_lab.storage.files import flush, local_path, naming, write_parquet, write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -215,8 +214,7 @@ class Run:
         checkpoint knows it."""
         path = self.folder / "metrics.jsonl"
         with self.writing():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+            flush(path)
             return describe_file(path)
 
     def metrics_until(self, step: int, described: Mapping[str, Any] | None) -> bytes:

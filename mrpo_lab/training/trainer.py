@@ -106,11 +106,11 @@ class Trainer:
                 num_val=len(self.data.val),
             )
         )
-        tokens = self.config.micro_batch_tokens
         if self.workers.is_main:
             # The first costs make the scorer decide how it computes.
             self.policy.scorer.costs(self.data.tokens.rows(self.batch(0).tolist(), mean_lambda))
-            logger.info("%s, %s tokens a pass", self.policy.scorer.description, f"{tokens:,}")
+            tokens = f"{self.pass_size.tokens:,}"
+            logger.info("%s, %s tokens a pass", self.policy.scorer.description, tokens)
         self.recorder.start(self.restore())
         self.workers.wait()
 
