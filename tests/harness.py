@@ -6,7 +6,9 @@ A new process spends five seconds on imports.
 import io
 import json
 import logging
+import os
 import runpy
+import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -102,6 +104,21 @@ def train_py(*arguments: str) -> Outcome:
             root.handlers[:] = handlers
             root.setLevel(level)
     return Outcome(code, out.getvalue(), err.getvalue())
+
+
+def said_by(script: str, *arguments: str, **environment: str) -> Any:
+    """The last line that a Python ``script`` prints as JSON, in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, "-c", script, *arguments],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def compose(*overrides: str) -> DictConfig:

@@ -357,6 +357,22 @@ class TestFiles:
             ("a.parquet", b"PAR1 and no more", "damaged or no parquet file"),
             ("a.txt", b"a", r"expected \.jsonl, \.json, \.csv, \.parquet"),
             ("a.gz", b"a", r"expected \.jsonl, \.json, \.csv, \.parquet"),
+            ("a.csv", b"prompt,chosen,chosen\na,b,c\n", "two columns are called 'chosen'"),
+            ("a.csv", b"prompt,chosen,rejected\na,b,c\na,b\n", "line 3: fewer cells than columns"),
+            ("a.jsonl", b'{"prompt": "a", "chosen": "b", "chosen": "c"}', "line 1: an object: two"),
+            ("a.json", b'[{"a": {"b": 1, "b": 2}}]', "two columns are called 'b'"),
+            *(
+                (f"a.{kind}", b"", "a.*: no rows|not valid JSON")
+                for kind in ("csv", "jsonl", "json")
+            ),
+            ("a.jsonl", b"\n \r\n\n", "no rows"),
+            ("a.json", b"[]", "no rows"),
+            ("a.jsonl", b'{"a": 1}\n' * 9000 + b"\xff\n", r"damaged after line \d+: 'utf-8'"),
+            (
+                "a.jsonl.gz",
+                gzip.compress(b'{"a": 1}\n' * 20000)[:-9],
+                r"damaged after line \d+: Comp",
+            ),
         ],
     )
     def test_what_cannot_be_read(

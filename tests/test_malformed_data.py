@@ -150,30 +150,6 @@ def outcome(dataset: FileDataset) -> str | None:
     return None
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "problem"),
-    [
-        ("a.csv", b"prompt,chosen,chosen\na,b,c\n", "two columns are called 'chosen'"),
-        ("a.csv", b"prompt,chosen,rejected\na,b,c\na,b\n", "line 3: fewer cells than columns"),
-        ("a.jsonl", b'{"prompt": "a", "chosen": "b", "chosen": "c"}', "line 1: an object: two"),
-        ("a.json", b'[{"a": {"b": 1, "b": 2}}]', "two columns are called 'b'"),
-        *((f"a.{kind}", b"", "a.*: no rows|not valid JSON") for kind in ("csv", "jsonl", "json")),
-        ("a.jsonl", b"\n \r\n\n", "no rows"),
-        ("a.json", b"[]", "no rows"),
-        ("a.jsonl", b'{"a": 1}\n' * 9000 + b"\xff\n", r"damaged after line \d+: 'utf-8'"),
-        ("a.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 20000)[:-9], r"damaged after line \d+: Comp"),
-    ],
-)
-def test_what_can_be_read_in_two_ways_or_not_at_all(
-    tmp_path: Path, name: str, content: bytes, problem: str
-) -> None:
-    path = tmp_path / name
-    path.write_bytes(content)
-    with pytest.raises(UserError, match=problem) as caught:
-        list(read_rows(str(path)))
-    assert str(caught.value).startswith(str(path))
-
-
 def test_two_columns_of_a_name_in_parquet(tmp_path: Path) -> None:
     table = pa.table([pa.array(["a"]), pa.array(["b"])], names=["chosen", "chosen"])
     pq.write_table(table, tmp_path / "a.parquet")

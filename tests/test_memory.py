@@ -5,10 +5,7 @@ whose address space is limited.
 """
 
 import errno
-import json
 import logging
-import subprocess
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +14,7 @@ from unittest import mock
 
 import pytest
 import torch
-from harness import ROOT, assert_same, experiment, metrics, result
+from harness import assert_same, experiment, metrics, result, said_by
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -309,16 +306,7 @@ print(json.dumps({"passes": passes, "size": size.tokens, "apart": apart}))
 
 
 def test_a_process_of_limited_memory_goes_on_with_half_passes() -> None:
-    run = subprocess.run(
-        [sys.executable, "-c", LIMITED, "700"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr
-    found = json.loads(run.stdout.splitlines()[-1])
+    found = said_by(LIMITED, "700")
     assert found["passes"] > 1
     assert found["size"] < 20_000
     assert found["apart"] < 1e-4

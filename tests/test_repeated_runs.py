@@ -1,13 +1,9 @@
 """Many runs in one process, as in a notebook: nothing of a run is left when it has ended."""
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from harness import ROOT
+from harness import said_by
 
 pytest_plugins = ("surroundings",)
 pytestmark = pytest.mark.usefixtures("surroundings")
@@ -80,17 +76,7 @@ print(json.dumps(found))
 
 
 def test_nothing_of_a_run_is_left(tmp_path: Path) -> None:
-    run = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(tmp_path), str(RUNS)],
-        cwd=ROOT,
-        env={**os.environ, "TMPDIR": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr
-    found = json.loads(run.stdout.splitlines()[-1])
+    found = said_by(SCRIPT, str(tmp_path), str(RUNS), TMPDIR=str(tmp_path))
     kibibytes = [each.pop("KiB") for each in found]
     warm = found[WARM_UP - 1]
     assert warm["tensors"] < 10  # the script's own, and constants of libraries
